@@ -1,0 +1,41 @@
+"""Causal attention inside documents, over rows from which tokens may be missing.
+
+Shapes: B rows, S tokens, H query heads, G key-value heads, C channels of one head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def document_mask(segment_ids_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
+    """Who may look at whom, bool `[B, S, S]` (query, key).
+
+    A token sees itself and every earlier *present* token of its own document. Order in the row
+    stands for order in time, so the mask of a selection with sorted indices is causal too.
+    Empty slots (`valid` false) see only themselves: a row of the mask is never all false, which
+    would turn softmax into NaN.
+    """
+    length = segment_ids_BS.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids_BS.device).tril()
+    mask = causal & (segment_ids_BS.unsqueeze(2) == segment_ids_BS.unsqueeze(1))
+    if valid_BS is not None:
+        mask &= valid_BS.unsqueeze(1) & valid_BS.unsqueeze(2)
+        mask |= torch.eye(length, dtype=torch.bool, device=mask.device)
+    return mask
+
+
+def masked_attention(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, mask_BSS: Tensor) -> Tensor:
+    """`softmax(q k / sqrt(C) + mask) v` with grouped heads, `[B, S, H, C]`.
+
+    Query head h reads key-value head `h // (H / G)`. Forward FLOPs: `4 * B * S**2 * H * C`; the
+    masked half of the scores is computed, and counted, as by every dense-mask backend.
+    """
+    out_BHSC = F.scaled_dot_product_attention(
+        q_BSHC.transpose(1, 2),
+        k_BSGC.transpose(1, 2),
+        v_BSGC.transpose(1, 2),
+        attn_mask=mask_BSS.unsqueeze(1),
+        enable_gqa=q_BSHC.shape[2] != k_BSGC.shape[2],
+    )
+    return out_BHSC.transpose(1, 2)

@@ -1,0 +1,103 @@
+"""What a program costs: floating-point operations of the forward pass, counted exactly.
+
+Counted are matrix products (2 per multiply-add): projections, attention scores over the full
+square of present tokens, experts, routers, head. Training costs three times the forward pass.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moebius.model.block import Block
+from moebius.model.context import Site
+from moebius.model.decoder import Decoder
+from moebius.model.moe.layer import MoE
+from moebius.model.program import Visit, kept_tokens
+
+BACKWARD_PER_FORWARD = 2
+"""each product of the forward pass costs two in the backward pass"""
+
+
+@dataclass(frozen=True)
+class VisitCost:
+    """Cost of one visit to a layer for `num_rows` rows of `length` present tokens each."""
+
+    visit: Visit
+    capacity: float
+    length: int
+    flops: int
+
+
+def visit_costs(
+    decoder: Decoder,
+    num_rows: int,
+    sequence_length: int,
+    ffn_rows: Mapping[Site, float] | None = None,
+) -> list[VisitCost]:
+    """Forward FLOPs of every visit, routed as in training (`topk`).
+
+    `ffn_rows` gives the FFN assignments counted at each MoE site (executed cost); without it every
+    one of the K assignments counts as one to an FFN expert (nominal cost).
+    """
+    costs = []
+    for segment in decoder.program.segments:
+        for capacity, visits in zip(segment.capacities, segment.passes, strict=True):
+            length = sequence_length
+            if segment.router is not None:
+                length = kept_tokens(capacity, sequence_length)
+            for visit in visits:
+                block = decoder.layers[visit.layer]
+                assert isinstance(block, Block)
+                site = Site(f"layers.{visit.layer}", visit.depth)
+                rows = None if ffn_rows is None else ffn_rows[site]
+                flops = block_flops(block, num_rows, length, rows)
+                costs.append(VisitCost(visit, capacity, length, flops))
+    return costs
+
+
+def block_flops(block: Block, num_rows: int, length: int, ffn_rows: float | None = None) -> int:
+    """Forward FLOPs of one visit to a block."""
+    num_tokens = num_rows * length
+    attention = block.attention.flops(num_rows, length)
+    if not isinstance(block.ffn, MoE):
+        return attention + block.ffn.flops(num_tokens)
+    if ffn_rows is None:
+        ffn_rows = num_tokens * block.ffn.config.router.selector.top_k
+    return attention + block.ffn.flops(num_tokens, round(ffn_rows))
+
+
+def depth_router_flops(decoder: Decoder, num_rows: int, sequence_length: int) -> int:
+    """Forward FLOPs of the depth routers: one score per candidate, the tokens of the depth before."""
+    total = 0
+    for segment in decoder.program.segments:
+        if segment.router is None:
+            continue
+        candidates = sequence_length
+        for capacity in segment.capacities:
+            total += 2 * num_rows * candidates * decoder.config.hidden_size
+            candidates = kept_tokens(capacity, sequence_length)
+    return total
+
+
+def forward_flops(
+    decoder: Decoder,
+    num_rows: int,
+    sequence_length: int,
+    ffn_rows: Mapping[Site, float] | None = None,
+) -> int:
+    """Forward FLOPs of `num_rows` full rows: executed with `ffn_rows`, else nominal."""
+    return (
+        sum(cost.flops for cost in visit_costs(decoder, num_rows, sequence_length, ffn_rows))
+        + depth_router_flops(decoder, num_rows, sequence_length)
+        + decoder.head_flops(num_rows * sequence_length)
+    )
+
+
+def training_flops(
+    decoder: Decoder,
+    num_rows: int,
+    sequence_length: int,
+    ffn_rows: Mapping[Site, float] | None = None,
+) -> int:
+    """FLOPs of forward and backward together."""
+    forward = forward_flops(decoder, num_rows, sequence_length, ffn_rows)
+    return forward * (1 + BACKWARD_PER_FORWARD)

@@ -1,0 +1,1 @@
+"""Routing over width: a pipeline from scores to the weighted outputs of chosen experts."""

@@ -1,0 +1,115 @@
+"""Parameters with a role and an initial distribution, both declared where they are made.
+
+Optimizer groups, weight decay, clipping and sharding read roles, never name patterns. Values are
+drawn from a generator of their own per parameter, seeded by (seed, name): neither the order of
+construction nor a layout that owns only part of the model changes them.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+
+class Role(StrEnum):
+    """What a parameter is for."""
+
+    EMBED = "embed"
+    HEAD = "head"
+    MATRIX = "matrix"
+    EXPERT = "expert"
+    ROUTER = "router"
+    NORM_IN = "norm_in"
+    BIAS = "bias"
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """Role and initial distribution: normal with standard deviation `std` around `mean`."""
+
+    role: Role
+    mean: float = 0.0
+    std: float = 0.0
+
+
+class ParameterModule(nn.Module):
+    """A module that declares its own parameters; children are ordinary attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameter_specs: dict[str, ParameterSpec] = {}
+
+    def declare(self, name: str, shape: tuple[int, ...], spec: ParameterSpec) -> None:
+        """Make `self.<name>` an uninitialised parameter; `initialize` fills it."""
+        setattr(self, name, nn.Parameter(torch.empty(shape)))
+        self.parameter_specs[name] = spec
+
+
+def named_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParameterSpec]]:
+    """Every parameter once, with its full name and its spec.
+
+    Raises KeyError for a parameter that was not made by `ParameterModule.declare`.
+    """
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            full_name = f"{prefix}.{name}" if prefix else name
+            specs = getattr(module, "parameter_specs", {})
+            if name not in specs:
+                raise KeyError(f"parameter {full_name} was made without a role")
+            yield full_name, parameter, specs[name]
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fill every parameter from its own generator; drawn on the CPU, so the device changes nothing."""
+    for name, parameter, spec in named_specs(model):
+        if spec.std == 0.0:
+            parameter.fill_(spec.mean)
+            continue
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        values = torch.empty(parameter.shape, dtype=torch.float32)
+        parameter.copy_(values.normal_(spec.mean, spec.std, generator=generator))
+
+
+class Linear(ParameterModule):
+    """`x @ weight.T`, without bias; `weight` is `[out, in]`."""
+
+    weight: nn.Parameter
+
+    def __init__(self, in_size: int, out_size: int, role: Role, std: float) -> None:
+        super().__init__()
+        self.declare("weight", (out_size, in_size), ParameterSpec(role, std=std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project the last dimension."""
+        return nn.functional.linear(x, self.weight)
+
+    def flops(self, num_tokens: int) -> int:
+        """Forward FLOPs: one multiplication and one addition per weight and token."""
+        return 2 * num_tokens * math.prod(self.weight.shape)
+
+
+class RMSNorm(ParameterModule):
+    """Root-mean-square normalisation (Zhang & Sennrich 2019) with a gain, computed in fp32."""
+
+    weight: nn.Parameter
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.declare("weight", (size,), ParameterSpec(Role.NORM_IN, mean=1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; the result has the precision of `x`."""
+        weight = self.weight.to(torch.promote_types(x.dtype, torch.float32))
+        normed = nn.functional.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps)
+        return normed.to(x.dtype)

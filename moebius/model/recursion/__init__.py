@@ -1,0 +1,1 @@
+"""Routing over depth: which tokens enter each pass of a shared block."""
