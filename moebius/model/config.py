@@ -103,7 +103,7 @@ class MoEConfig(ConfigNode):
     """A mixture of heterogeneous experts."""
 
     kind: Literal["moe"] = "moe"
-    experts: Annotated[tuple[ExpertSpec, ...], Field(strict=False, min_length=1)]
+    experts: Annotated[tuple[ExpertSpec, ...], Field(strict=False)]
     """the pool; its ids are numbered ffn, constant, copy, zero, whatever the order here"""
     router: RouterConfig = RouterConfig()
     balance: SwitchBalanceConfig | None = SwitchBalanceConfig()

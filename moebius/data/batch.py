@@ -1,0 +1,55 @@
+"""A batch of samples: windows of consecutive tokens with their documents and positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors `[B, S]`, int64."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    """the token that follows each token"""
+    segment_ids_BS: Tensor
+    """number of the document in the row, from 0"""
+    positions_BS: Tensor
+    """position in the document, from 0 at its start or at the row's"""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, which is also the number of labels."""
+        return self.tokens_BS.numel()
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self._tensors()))
+
+    def split(self, rows: int) -> list[Batch]:
+        """Micro-batches of so many rows."""
+        parts = zip(*(tensor.split(rows) for tensor in self._tensors()), strict=True)
+        return [Batch(*tensors) for tensors in parts]
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.tokens_BS, self.labels_BS, self.segment_ids_BS, self.positions_BS
+
+
+def make_batch(windows: NDArray[np.int64], eod_id: int) -> Batch:
+    """Inputs and labels of windows `[B, S + 1]`.
+
+    An end-of-document token is the last label of its document and the first input of the next one,
+    whose beginning it thus predicts from itself alone: every label counts and attention need not
+    cross a border.
+    """
+    tokens = windows[:, :-1]
+    is_start = tokens == eod_id
+    column = np.arange(tokens.shape[1])
+    last_start = np.maximum.accumulate(np.where(is_start, column, 0), axis=1)
+    arrays = (tokens, windows[:, 1:], np.cumsum(is_start, axis=1), column - last_start)
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))

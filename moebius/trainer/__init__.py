@@ -1,0 +1,1 @@
+"""The run: configuration, command line, loop, callbacks, checkpoints. All side effects are here."""

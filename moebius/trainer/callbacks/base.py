@@ -1,0 +1,59 @@
+"""The interface of callbacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from moebius.model.context import Ledger
+
+if TYPE_CHECKING:
+    from moebius.trainer.run import Run
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step left behind; tensors are still on the device."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
+    ledger: Ledger
+
+
+class Callback:
+    """Hooks into a run; the base class does nothing.
+
+    Of several callbacks the one with the lower `priority` runs first, at every hook. `name` keys
+    the state in checkpoints.
+    """
+
+    name = "callback"
+    priority = 0
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step of this process, after a checkpoint was loaded."""
+
+    def on_step_start(self, run: Run) -> None:
+        """Before a batch is drawn."""
+
+    def on_step_end(self, run: Run, report: StepReport) -> None:
+        """After the optimizer step; `run.step` counts it already."""
+
+    def on_metrics(self, run: Run, metrics: dict[str, float]) -> None:
+        """A callback published numbers for the present step, see `Run.publish`."""
+
+    def on_end(self, run: Run) -> None:
+        """After the last step, or after the step in which a stop was asked for."""
+
+    def close(self) -> None:
+        """Release what `on_start` took; called however the run ended, in reverse order."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold; JSON values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up saved state."""

@@ -1,0 +1,36 @@
+"""Evaluates during training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moebius.data.stream import validation_batches
+from moebius.trainer.callbacks.base import Callback, StepReport
+from moebius.trainer.evaluation import evaluate
+
+if TYPE_CHECKING:
+    from moebius.trainer.run import Run
+
+
+class EvaluationCallback(Callback):
+    """Publishes the validation loss before the first step, every interval and after the last step."""
+
+    name = "evaluation"
+    priority = 30
+
+    def on_start(self, run: Run) -> None:
+        """The loss of the untrained model: about ln(vocabulary), or something is wrong."""
+        if run.step == 0:
+            self._evaluate(run)
+
+    def on_step_end(self, run: Run, report: StepReport) -> None:
+        """Evaluate where it is due."""
+        last = run.step == run.config.train.num_steps
+        if last or run.step % run.config.evaluation.interval == 0:
+            self._evaluate(run)
+
+    def _evaluate(self, run: Run) -> None:
+        batches = validation_batches(
+            run.validation, run.config.train.batch_size, run.config.evaluation.num_batches
+        )
+        run.publish(evaluate(run.executor, batches, run.validation.bytes_per_token, run.device))

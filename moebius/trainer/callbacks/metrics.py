@@ -1,0 +1,77 @@
+"""Publishes the numbers of a training step."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from moebius.model.cost import training_flops
+from moebius.trainer.callbacks.base import Callback, StepReport
+from moebius.trainer.machine import matmul_flops_per_second
+from moebius.trainer.metrics import ffn_rows, routing_metrics
+
+if TYPE_CHECKING:
+    from moebius.trainer.run import Run
+
+
+class MetricsCallback(Callback):
+    """Loss, routing and speed every `log.interval` steps; in other steps nothing is read back.
+
+    The clock runs only between the start and the end of steps: evaluation and checkpoints do not
+    count as training time.
+    """
+
+    name = "metrics"
+    priority = 20
+
+    def __init__(self) -> None:
+        self.peak = 0.0
+        self.seconds = 0.0
+        self.steps = 0
+        self.began = 0.0
+
+    def on_start(self, run: Run) -> None:
+        """Measure the machine in the precision of the run."""
+        dtype = run.executor.autocast_dtype or torch.float32
+        self.peak = matmul_flops_per_second(run.device, dtype)
+
+    def on_step_start(self, run: Run) -> None:
+        """Start the clock."""
+        self.began = time.perf_counter()
+
+    def on_step_end(self, run: Run, report: StepReport) -> None:
+        """Stop the clock, after the device caught up if this step is to be reported."""
+        config = run.config
+        due = run.step == 1 or run.step % config.log.interval == 0
+        metrics = {}
+        if due or run.step == config.train.num_steps:
+            metrics = {
+                "train/loss": float(report.loss),
+                "train/grad_norm": float(report.grad_norm),
+                "train/lr": report.lr,
+                "train/tokens": float(run.stream.position * config.data.sequence_length),
+            }
+        self.seconds += time.perf_counter() - self.began
+        self.steps += 1
+        if metrics:
+            run.publish(
+                metrics
+                | routing_metrics(config.model, report.ledger)
+                | self._speed(run, report)
+            )
+            self.seconds, self.steps = 0.0, 0
+
+    def _speed(self, run: Run, report: StepReport) -> dict[str, float]:
+        """MFU counts executed FLOPs: chosen FFN experts and selected tokens, not possible ones."""
+        rows, length = run.config.train.batch_size, run.config.data.sequence_length
+        steps_per_second = self.steps / self.seconds
+        executed = training_flops(run.decoder, rows, length, ffn_rows(run.config.model, report.ledger))
+        nominal = training_flops(run.decoder, rows, length)
+        return {
+            "speed/tokens_per_second": rows * length * steps_per_second,
+            "speed/step_seconds": 1 / steps_per_second,
+            "speed/mfu": executed * steps_per_second / self.peak,
+            "speed/mfu_nominal": nominal * steps_per_second / self.peak,
+        }

@@ -1,0 +1,50 @@
+"""The command line: subcommands, and errors as one line."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from moebius.errors import MoebiusError
+from moebius.trainer.commands import describe, evaluate, generate, schema, train
+
+COMMANDS = {
+    "train": train,
+    "describe": describe,
+    "evaluate": evaluate,
+    "generate": generate,
+    "schema": schema,
+}
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="moebius",
+        description="Pretraining of language models that are routed over width and over depth.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        title = (command.__doc__ or "").strip().partition(": ")[2]
+        command.add_arguments(subparsers.add_parser(name, help=title, description=title))
+    arguments = parser.parse_args(argv)
+    try:
+        return COMMANDS[arguments.command].run(arguments, Console())
+    except MoebiusError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: '{error.filename}': {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def console() -> None:
+    """Entry point of the `moebius` script."""
+    sys.exit(main())

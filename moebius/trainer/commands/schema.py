@@ -1,0 +1,25 @@
+"""moebius schema: the JSON schema of run files, for editors."""
+
+import argparse
+import json
+
+from rich.console import Console
+
+from moebius.trainer.config import RunConfig
+from moebius.trainer.config_file import BASE_KEY
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`moebius schema > schema.json`."""
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Print the schema; the first line of a run file can name it for an editor's language server."""
+    schema = RunConfig.model_json_schema()
+    schema["properties"][BASE_KEY] = {
+        "type": "string",
+        "description": "another run file, relative to this one, that this one changes",
+    }
+    del schema["required"]  # a file may leave to its base what a run requires
+    console.out(json.dumps(schema, indent=1), highlight=False)
+    return 0

@@ -1,0 +1,67 @@
+"""moebius train: prepare the corpus, train, say what to do next."""
+
+import argparse
+import os
+
+from rich.console import Console
+
+from moebius.data.prepare import prepare
+from moebius.errors import LayoutError
+from moebius.trainer.callbacks.checkpointing import CheckpointCallback
+from moebius.trainer.callbacks.console import ConsoleCallback
+from moebius.trainer.callbacks.evaluation import EvaluationCallback
+from moebius.trainer.callbacks.interrupt import InterruptCallback
+from moebius.trainer.callbacks.metrics import MetricsCallback
+from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
+from moebius.trainer.config_file import load_config
+from moebius.trainer.loop import train
+from moebius.trainer.run import Run, claim_folder
+
+SIGNAL_EXIT_BASE = 128
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`moebius train CONFIG [path.to.option=value ...]`."""
+    parser.add_argument("config", help="run file, for example configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", help="options of the file, as optim.lr=3e-4")
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Train to the last step (exit code 0) or to an interruption (128 + signal number)."""
+    config = load_config(arguments.config, arguments.overrides)
+    check_world_size()
+    claim_folder(config)
+    manifest = prepare(config.data, config.model.vocab_size, lambda line: console.print(line))
+    callbacks = [
+        InterruptCallback(),
+        ConsoleCallback(console),
+        JsonlSink(),
+        TensorBoardSink(),
+        MetricsCallback(),
+        EvaluationCallback(),
+        CheckpointCallback(),
+    ]
+    training = Run(config, manifest, callbacks)
+    training.resume()
+    train(training)
+    again = " ".join(["moebius train", arguments.config, *arguments.overrides])
+    folder = training.folder
+    lines = [f"curves:   tensorboard --logdir {folder / 'tensorboard'}"]
+    if training.stop_signal is None:
+        lines.append(f"generate: moebius generate {folder} --prompt 'def '")
+        lines.append(f"evaluate: moebius evaluate {folder}")
+    else:
+        lines.append(f"stopped at step {training.step} of {config.train.num_steps}")
+    lines.append(f"resume:   {again}   (continues after step {training.step} from {folder})")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    return 0 if training.stop_signal is None else SIGNAL_EXIT_BASE + training.stop_signal
+
+
+def check_world_size() -> None:
+    """Raise LayoutError under a launcher that started several processes."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != 1:
+        raise LayoutError(
+            f"world size {world_size}: this version trains in one process",
+            "launch with --nproc-per-node 1 on one node",
+        )

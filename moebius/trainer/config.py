@@ -1,0 +1,136 @@
+"""The configuration of a run: the rooms' own configurations, composed, and the rules across them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from moebius.config import ConfigNode, Problem
+from moebius.data.config import DATA_RULES, DataConfig
+from moebius.model.config import MODEL_RULES, ModelConfig
+from moebius.trainer.optim import OptimConfig
+
+
+class TrainConfig(ConfigNode):
+    """How long, how much at once, on what."""
+
+    num_steps: PositiveInt
+    """optimizer steps of the whole run"""
+    batch_size: PositiveInt
+    """sequences per optimizer step"""
+    micro_batch_size: PositiveInt | None = None
+    """sequences per forward pass; gradients are accumulated over the rest; null: all at once"""
+    seed: NonNegativeInt = 0
+    """of initial weights and sample order"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products under autocast; parameters, routers and losses stay in fp32"""
+
+
+class EvaluationConfig(ConfigNode):
+    """Loss on held-out text."""
+
+    interval: PositiveInt = 100
+    """steps between evaluations; there is one before the first and one after the last step too"""
+    num_batches: PositiveInt = 8
+    """batches (of `train.batch_size`) from the beginning of the validation split"""
+
+
+class CheckpointConfig(ConfigNode):
+    """When to save and what to keep."""
+
+    interval: PositiveInt = 100
+    """steps between checkpoints; one is written at the end and on interruption too"""
+    keep: PositiveInt = 2
+    """newest checkpoints to keep"""
+
+
+class LogConfig(ConfigNode):
+    """What is reported how often."""
+
+    interval: PositiveInt = 10
+    """steps between reports to console, TensorBoard and metrics.jsonl; the first step always"""
+
+
+class RunConfig(ConfigNode):
+    """One file = one run."""
+
+    run_dir: str
+    """folder of logs and checkpoints; a run found there is continued"""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig = OptimConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+NOT_PART_OF_THE_RUN = ("run_dir", "evaluation", "checkpoint", "log")
+"""settings that may change when a run is continued: they do not touch the weights"""
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """Dotted path -> value of every setting that shapes the weights."""
+    tree = config.model_dump(mode="json", exclude=set(NOT_PART_OF_THE_RUN))
+    return dict(_leaves(tree, ()))
+
+
+def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _leaves(value, (*path, key))
+    elif isinstance(node, list) and node:
+        for number, value in enumerate(node):
+            yield from _leaves(value, (*path, str(number)))
+    else:
+        yield ".".join(path), node
+
+
+def batch_rules(config: RunConfig) -> Iterator[Problem]:
+    """A batch must be a whole number of micro-batches."""
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    if micro is not None and batch % micro:
+        yield Problem("train.micro_batch_size", f"{micro} does not divide batch_size = {batch}")
+
+
+def schedule_rules(config: RunConfig) -> Iterator[Problem]:
+    """Warm-up must end before the run does."""
+    warmup = config.optim.schedule.warmup_steps
+    if warmup >= config.train.num_steps:
+        yield Problem(
+            "optim.schedule.warmup_steps",
+            f"{warmup} of train.num_steps = {config.train.num_steps}; allowed: less",
+        )
+
+
+def vocabulary_rules(config: RunConfig) -> Iterator[Problem]:
+    """A trained tokenizer must fit the embedding."""
+    size = config.data.tokenizer.vocab_size
+    if size is None and config.data.tokenizer.path is None and config.model.vocab_size < 257:
+        yield Problem(
+            "model.vocab_size",
+            f"{config.model.vocab_size} is too small for a byte-level tokenizer; allowed: >= 257",
+        )
+    if size is not None and size > config.model.vocab_size:
+        yield Problem(
+            "data.tokenizer.vocab_size",
+            f"{size} token ids do not fit model.vocab_size = {config.model.vocab_size}",
+        )
+
+
+RUN_RULES = (batch_rules, schedule_rules, vocabulary_rules)
+
+
+def problems(config: RunConfig) -> Iterator[Problem]:
+    """What is wrong with a well-typed configuration: every rule of every room."""
+    tables: tuple[tuple[str, Any, tuple[Callable[[Any], Iterator[Problem]], ...]], ...] = (
+        ("model.", config.model, MODEL_RULES),
+        ("data.", config.data, DATA_RULES),
+        ("", config, RUN_RULES),
+    )
+    for prefix, node, rules in tables:
+        for rule in rules:
+            for path, message in rule(node):
+                yield Problem(prefix + path, message)

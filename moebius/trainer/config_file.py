@@ -1,0 +1,245 @@
+"""From YAML files and command-line overrides to a valid RunConfig, or to errors that say where."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from moebius.errors import ConfigError
+from moebius.trainer.config import RunConfig, problems
+
+BASE_KEY = "base"
+KeyPath = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `3e-4` is a number, as in every other language (YAML 1.1 wants `3.0e-4`)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, its bases and overrides (`optim.lr=3e-4`), and check everything.
+
+    Raises ConfigError with one line per problem, all problems at once: file:line:column, dotted
+    path, what is wrong, what was given and the nearest valid name.
+    """
+    tree, places = _read(Path(path), seen=())
+    for override in overrides:
+        _override(tree, places, override)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_describe(details, tree, places, str(path)) for details in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+    lines = [
+        f"{_place(tuple(problem.path.split('.')), places, str(path))}: "
+        f"{problem.path}: {problem.message}"
+        for problem in problems(config)
+    ]
+    if lines:
+        raise ConfigError("\n".join(lines))
+    return config
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """The tree of a file merged over its bases, and where each key stands."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: base: the file is its own base")
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, _Loader)
+        tree = yaml.load(text, _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot read the config file: {reason}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{place}: not valid YAML: {error.problem}") from None
+    if node is None:
+        return {}, {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}:1:1: a config file is a mapping, not a {type(tree).__name__}")
+    places = dict(_marks(node, path, ()))
+    base = tree.pop(BASE_KEY, None)
+    if base is None:
+        return tree, places
+    if not isinstance(base, str):
+        raise ConfigError(f"{places[(BASE_KEY,)]}: base: must be the name of one file")
+    merged, base_places = _read(path.parent / base, (*seen, path.resolve()))
+    return _merge(merged, tree), base_places | places
+
+
+def _marks(node: yaml.Node, path: Path, prefix: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    """Where each key of a YAML document stands. Raises ConfigError for a key given twice."""
+    children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [(key.value, key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(number, value, value) for number, value in enumerate(node.value)]
+    names = set()
+    for name, marked, value in children:
+        place = f"{path}:{marked.start_mark.line + 1}:{marked.start_mark.column + 1}"
+        if name in names:
+            raise ConfigError(f"{place}: {'.'.join(map(str, (*prefix, name)))}: given twice")
+        names.add(name)
+        yield (*prefix, name), place
+        yield from _marks(value, path, (*prefix, name))
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, mapping by mapping; another `kind` replaces a mapping as a whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and value.get("kind", old.get("kind")) == old.get("kind")
+        ):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(tree: dict[str, Any], places: dict[KeyPath, str], override: str) -> None:
+    """Apply `a.b.c=value` to the tree in place."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"command line: '{override}' is not of the form path.to.option=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"command line: {name}: '{text}' is not a YAML value") from None
+    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+    change: Any = value
+    for depth, part in reversed(list(enumerate(path))):
+        if isinstance(part, int):
+            change = _with_item(_at(tree, path[:depth]), part, change, override)
+        else:
+            change = {part: change}
+    merged = _merge(tree, change)
+    tree.clear()
+    tree.update(merged)
+    for depth in range(len(path)):
+        places.setdefault(path[: depth + 1], f"command line: {override}")
+    places[path] = f"command line: {override}"
+
+
+def _at(tree: Any, path: KeyPath) -> Any:
+    for part in path:
+        if isinstance(tree, dict):
+            tree = tree.get(part)
+        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+            tree = tree[part]
+        else:
+            return None
+    return tree
+
+
+def _with_item(old: Any, number: int, value: Any, override: str) -> list[Any]:
+    if not isinstance(old, list) or number >= len(old):
+        raise ConfigError(f"command line: {override}: there is no item {number} to change")
+    items = list(old)
+    both = isinstance(items[number], dict) and isinstance(value, dict)
+    items[number] = _merge(items[number], value) if both else value
+    return items
+
+
+def _place(path: KeyPath, places: Mapping[KeyPath, str], fallback: str) -> str:
+    """Where a key, or the nearest enclosing one that was written down, stands."""
+    path = tuple(int(part) if isinstance(part, str) and part.isdigit() else part for part in path)
+    for end in range(len(path), 0, -1):
+        if path[:end] in places:
+            return places[path[:end]]
+    return fallback
+
+
+def _describe(
+    details: ErrorDetails, tree: dict[str, Any], places: Mapping[KeyPath, str], fallback: str
+) -> str:
+    """One line for one of pydantic's findings."""
+    path = _without_tags(details["loc"], tree)
+    name = ".".join(map(str, path))
+    given = details["input"]
+    kind, context = details["type"], details.get("ctx", {})
+    if kind == "extra_forbidden":
+        allowed = _options(RunConfig, details["loc"][:-1])
+        message = f"unknown option{_nearest(str(path[-1]), allowed)}"
+    elif kind == "missing":
+        message = "missing"
+    elif kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", context["expected"])
+        message = f"{given!r} is not allowed{_nearest(str(given), allowed)}"
+    elif kind == "union_tag_invalid":
+        allowed = re.findall(r"'([^']*)'", context["expected_tags"])
+        name += ".kind"
+        message = f"{context['tag']!r} is not allowed{_nearest(context['tag'], allowed)}"
+    elif kind == "union_tag_not_found":
+        message = "missing `kind`" if isinstance(given, dict) else f"must be a mapping, got {given!r}"
+    else:
+        message = details["msg"][0].lower() + details["msg"][1:]
+        if not isinstance(given, dict | list):
+            message += f", got {given!r}"
+    return f"{_place(path, places, fallback)}: {name}: {message}"
+
+
+def _nearest(given: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, allowed, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(allowed)}"
+
+
+def _without_tags(location: KeyPath, tree: Any) -> KeyPath:
+    """The path of keys in an error's location, which also names the chosen member of each union."""
+    path: list[str | int] = []
+    for number, part in enumerate(location):
+        last = number == len(location) - 1
+        if isinstance(tree, dict) and part in tree:
+            tree = tree[part]
+        elif isinstance(tree, list) and isinstance(part, int):
+            tree = tree[part]
+        elif not last or part == "[key]":
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _options(node: type[BaseModel], location: KeyPath) -> list[str]:
+    """Names of the fields that exist at a location of the tree."""
+    annotation: Any = node
+    for part in location:
+        members = list(_models(annotation))
+        tagged = [m for m in members if len(members) > 1 and _tag(m) == part]
+        fields = [m.model_fields[part] for m in members if part in m.model_fields]
+        if tagged:
+            annotation = tagged[0]
+        elif fields:
+            annotation = fields[0].annotation
+    return [name for model in _models(annotation) for name in model.model_fields]
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Every configuration node in a type: itself, members of a union, items of a container."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) is not Literal:
+        arguments = get_args(annotation)
+        for argument in arguments[:1] if get_origin(annotation) is Annotated else arguments:
+            yield from _models(argument)
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    kind = model.model_fields.get("kind")
+    return kind.default if kind else None

@@ -1,0 +1,55 @@
+"""A trained model from its run folder, for commands that only read it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from moebius.data.manifest import Manifest, read_manifest
+from moebius.data.tokenizer import load_tokenizer
+from moebius.errors import CheckpointError
+from moebius.model.decoder import Decoder
+from moebius.model.executor import LocalExecutor
+from moebius.trainer.checkpoint.store import CheckpointStore
+from moebius.trainer.checkpoint.tensors import load_model
+from moebius.trainer.config import RunConfig
+from moebius.trainer.config_file import load_config
+from moebius.trainer.run import AUTOCAST, CONFIG_NAME, select_device
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint, ready to run."""
+
+    config: RunConfig
+    executor: LocalExecutor
+    manifest: Manifest
+    tokenizer: Tokenizer
+    device: torch.device
+    step: int
+
+
+def restore(folder: Path, step: int | None = None) -> TrainedModel:
+    """The model of a run folder at a step, by default the newest.
+
+    Raises CheckpointError where the folder holds no run or no checkpoint, DataError where its
+    corpus (which holds the tokenizer) is gone.
+    """
+    config_path = folder / CONFIG_NAME
+    if not config_path.is_file():
+        raise CheckpointError(f"'{folder}' is no run folder: it has no {CONFIG_NAME}")
+    config = load_config(config_path)
+    store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
+    checkpoint = store.find(step)
+    if checkpoint is None:
+        raise CheckpointError(f"'{folder}' has no checkpoint yet")
+    record, tensors = store.load(checkpoint)
+    data = Path(config.data.dir)
+    manifest = read_manifest(data)
+    decoder = Decoder(config.model)
+    load_model(decoder, tensors["model"])
+    device = select_device(config)
+    executor = LocalExecutor(decoder.to(device).eval(), AUTOCAST[config.train.precision])
+    tokenizer = load_tokenizer(data / "tokenizer.json")
+    return TrainedModel(config, executor, manifest, tokenizer, device, record.step)

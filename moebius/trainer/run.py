@@ -1,0 +1,142 @@
+"""The run: what a config is built into, and what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from moebius.data.manifest import Manifest
+from moebius.data.stream import SplitReader, TrainStream
+from moebius.errors import CheckpointError, DataError, LayoutError
+from moebius.model.decoder import Decoder
+from moebius.model.executor import LocalExecutor
+from moebius.model.parameters import initialize
+from moebius.trainer.callbacks.base import Callback
+from moebius.trainer.checkpoint.commit import CommitRecord
+from moebius.trainer.checkpoint.store import CheckpointStore
+from moebius.trainer.checkpoint.tensors import (
+    load_model,
+    load_optimizer,
+    model_tensors,
+    optimizer_tensors,
+)
+from moebius.trainer.config import RunConfig, identity
+from moebius.trainer.optim import build_optimizer
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+CONFIG_NAME = "config.yaml"
+
+
+def select_device(config: RunConfig) -> torch.device:
+    """The device of a run. Raises LayoutError where the asked one is not there."""
+    available = torch.cuda.is_available()
+    if config.train.device == "cuda" and not available:
+        raise LayoutError("train.device: cuda, but torch sees no CUDA device", "use auto or cpu")
+    return torch.device("cuda" if available and config.train.device != "cpu" else "cpu")
+
+
+class Run:
+    """A model in training: decoder, executor, optimizer, data position, step and callbacks.
+
+    Callbacks are sorted by priority; they find everything here, there is no global state.
+    """
+
+    def __init__(
+        self, config: RunConfig, manifest: Manifest, callbacks: Sequence[Callback]
+    ) -> None:
+        check_vocabulary(config, manifest)
+        self.config = config
+        self.folder = Path(config.run_dir)
+        self.device = select_device(config)
+        self.decoder = Decoder(config.model)
+        initialize(self.decoder, config.train.seed)
+        self.decoder.to(self.device)
+        self.executor = LocalExecutor(self.decoder, AUTOCAST[config.train.precision])
+        self.optimizer = build_optimizer(self.decoder, config.optim)
+        data, length = Path(config.data.dir), config.data.sequence_length
+        self.validation = SplitReader(data, manifest, "validation", length)
+        self.stream = TrainStream(
+            SplitReader(data, manifest, "train", length),
+            config.train.batch_size,
+            config.train.seed,
+        )
+        self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep)
+        self.callbacks = sorted(callbacks, key=lambda callback: callback.priority)
+        self.step = 0
+        self.stop_signal: int | None = None
+
+    def publish(self, metrics: dict[str, float]) -> None:
+        """Give numbers of the present step to every callback that shows or stores them."""
+        for callback in self.callbacks:
+            callback.on_metrics(self, metrics)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        record = CommitRecord(
+            step=self.step,
+            position=self.stream.position,
+            config=self.config.model_dump(mode="json"),
+            program=[f"{visit.layer}@{visit.depth}" for visit in self.decoder.program.visits],
+            callbacks={c.name: state for c in self.callbacks if (state := c.state_dict())},
+        )
+        tensors = {
+            "model": model_tensors(self.decoder),
+            "optimizer": optimizer_tensors(self.decoder, self.optimizer),
+        }
+        return self.store.save(record, tensors)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint; a folder without one starts from the beginning."""
+        folder = self.store.find()
+        if folder is None:
+            return
+        record, tensors = self.store.load(folder)
+        load_model(self.decoder, tensors["model"])
+        load_optimizer(self.decoder, self.optimizer, tensors["optimizer"])
+        self.step = record.step
+        self.stream.position = record.position
+        for callback in self.callbacks:
+            callback.load_state_dict(record.callbacks.get(callback.name, {}))
+
+
+def check_vocabulary(config: RunConfig, manifest: Manifest) -> None:
+    """Raise DataError where the corpus holds token ids that the embedding does not have."""
+    size = manifest.tokenizer.vocab_size
+    if size > config.model.vocab_size:
+        raise DataError(
+            f"model.vocab_size: {config.model.vocab_size}, but the tokenizer of "
+            f"'{config.data.dir}' makes token ids up to {size - 1}",
+            f"use model.vocab_size={size} or another data.dir",
+        )
+
+
+def claim_folder(config: RunConfig) -> None:
+    """Write the resolved config into the run folder, or check that it is the one found there.
+
+    Raises CheckpointError naming the differing fields where the folder belongs to another run.
+    """
+    path = Path(config.run_dir) / CONFIG_NAME
+    if path.exists():
+        try:
+            found = identity(RunConfig.model_validate(yaml.safe_load(path.read_text())))
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"run_dir: cannot read '{path}': {reason}") from None
+        wanted = identity(config)
+        changes = [
+            f"{name}: {found.get(name)} -> {wanted.get(name)}"
+            for name in sorted(found.keys() | wanted.keys())
+            if found.get(name) != wanted.get(name)
+        ]
+        if changes:
+            raise CheckpointError(
+                f"run_dir: '{config.run_dir}' belongs to another config ({'; '.join(changes)})",
+                "choose another run_dir or delete the folder",
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tree = json.loads(config.model_dump_json())
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
