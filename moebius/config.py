@@ -1,13 +1,12 @@
 """What every room's configuration is made of: frozen, strict nodes and rules that span fields."""
 
-
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 
 class ConfigNode(BaseModel):
-    """A node of the configuration tree: immutable, no unknown keys, field docstrings are the help."""
+    """A node of the configuration tree: immutable, strict, its field docstrings are the help."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -24,5 +23,3 @@ class Problem(NamedTuple):
 
     path: str
     message: str
-
-

@@ -1,4 +1,4 @@
-"""The errors a user can cause. The command line prints them as one line and exits with their code."""
+"""The errors a user can cause; the command line prints them as one line and exits with a code."""
 
 
 class MoebiusError(Exception):
@@ -35,3 +35,9 @@ class LayoutError(MoebiusError):
     """The processes or devices at hand cannot hold the requested layout."""
 
     exit_code = 5
+
+
+class TrainingError(MoebiusError):
+    """Training cannot go on."""
+
+    exit_code = 6

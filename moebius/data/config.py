@@ -56,9 +56,9 @@ class DataConfig(ConfigNode):
 
     dir: str
     """folder of the prepared corpus; made from `source` when it does not exist"""
-    source: Annotated[
-        StdlibSource | FilesSource | HubSource, Field(discriminator="kind")
-    ] = StdlibSource()
+    source: Annotated[StdlibSource | FilesSource | HubSource, Field(discriminator="kind")] = (
+        StdlibSource()
+    )
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: PositiveInt = 512
     """tokens of a sample"""

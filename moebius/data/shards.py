@@ -1,8 +1,8 @@
 """Token shards: Megatron `.bin`/`.idx` pairs, readable by np.memmap and by the tools of others.
 
-`.bin` is the tokens, little endian, without header. `.idx` is: 9 bytes magic, u64 version 1, u8 code
-of the token type, u64 documents, u64 documents + 1, i32 length of each document, i64 byte offset
-of each, i64 document boundaries.
+`.bin` is the tokens, little endian, without header. `.idx` is: 9 bytes magic, u64 version 1, u8
+code of the token type, u64 documents, u64 documents + 1, i32 length of each document, i64 byte
+offset of each, i64 document boundaries.
 """
 
 import hashlib

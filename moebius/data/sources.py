@@ -76,9 +76,7 @@ def _hub(source: HubSource) -> Iterator[Document]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(
-            source.name, source.subset, split=source.split, streaming=True
-        )
+        rows = datasets.load_dataset(source.name, source.subset, split=source.split, streaming=True)
         for number, row in enumerate(rows):
             if number == source.max_documents:
                 return

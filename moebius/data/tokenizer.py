@@ -10,7 +10,7 @@ from moebius.errors import DataError
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, eod_token: str) -> Tokenizer:
-    """A lossless byte-level BPE; raises DataError where the text is too small for the vocabulary."""
+    """A lossless byte-level BPE. Raises DataError where the vocabulary cannot hold the alphabet."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()

@@ -18,9 +18,10 @@ def top_k_mask(scores_BS: Tensor, k: int) -> Tensor:
 
 
 def compact(candidates_BS: Tensor, keep_BS: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The kept candidates of each row, in order, in k slots; and which slot of `candidates` each was.
+    """The kept candidates of each row, in order, in k slots.
 
-    Returns `(index_BK, slot_BK)`: `index` has -1 where a row keeps fewer than k.
+    Returns `(index_BK, slot_BK)`: `index` has -1 where a row keeps fewer than k; `slot` says at
+    which place in `candidates` each stood.
     """
     slot_BK = (~keep_BS).to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
     index_BK = candidates_BS.gather(1, slot_BK)

@@ -1,8 +1,8 @@
 """Zero-computation experts of MoE++ (Jin et al. 2024, arXiv 2410.07348) as one affine epilogue.
 
-With `e_zero(x) = 0`, `e_copy(x) = x` and `e_const(x) = m1 * x + m2 * v`, `(m1, m2) = softmax(Wc x)`,
-whatever a token picked among them sums to `a * x + b @ V`. So they need neither dispatch nor a
-place in the all-to-all, only per-token scalars.
+With `e_zero(x) = 0`, `e_copy(x) = x` and `e_const(x) = m1 * x + m2 * v` where
+`(m1, m2) = softmax(Wc x)`, whatever a token picked among them sums to `a * x + b @ V`. So they need
+neither dispatch nor a place in the all-to-all, only per-token scalars.
 
 Shapes: T tokens, D hidden, C constant experts.
 """

@@ -36,7 +36,7 @@ class Attention(ParameterModule):
         return out
 
     def flops(self, num_rows: int, length: int) -> int:
-        """Forward FLOPs of `num_rows` rows of `length` present tokens: projections and S^2 products."""
+        """Forward FLOPs for rows of `length` present tokens: projections and products over S^2."""
         projections = sum(
             linear.flops(num_rows * length) for linear in (self.q, self.k, self.v, self.out)
         )

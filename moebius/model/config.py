@@ -1,5 +1,6 @@
 """Configuration of the model, and the rules that span its fields."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -71,8 +72,8 @@ class WeightPolicyConfig(ConfigNode):
     """How the chosen experts' outputs are weighted."""
 
     kind: Literal["raw", "renormalize", "drop_null_renormalize"] = "raw"
-    """raw: the probability (MoE++ paper); renormalize: divided by the sum over the chosen (Mixtral);
-    drop_null_renormalize: likewise, with zero experts counted as 0 (MoE++ release)"""
+    """raw: the probability (MoE++ paper); renormalize: divided by the sum over the chosen
+    (Mixtral); drop_null_renormalize: likewise, zero experts counting as 0 (MoE++ release)"""
 
 
 class RouterConfig(ConfigNode):
@@ -93,8 +94,8 @@ class SwitchBalanceConfig(ConfigNode):
     tau: float = Field(1.0, gt=0)
     """load of an ffn expert relative to a zero-computation one at balance (MoE++ eq. 7)"""
     scope: Literal["sequence", "micro_batch"] = "sequence"
-    """over which tokens load and probability are averaged; `sequence` is independent of how a batch
-    is cut into micro-batches, `micro_batch` (as published) is not"""
+    """over which tokens load and probability are averaged; `sequence` is independent of how a
+    batch is cut into micro-batches, `micro_batch` (as published) is not"""
     paper_scale: bool = False
     """read `coefficient` as the beta of MoE++, whose loss is `K*tau/(tau*E + Z)` at balance"""
 
@@ -243,7 +244,7 @@ def depth_router_rules(model: ModelConfig) -> Iterator[Problem]:
         )
     if any(not 0 < c <= 1 for c in capacities):
         yield Problem(path, f"{list(capacities)}: each must be in (0, 1]")
-    if any(later > earlier for earlier, later in zip(capacities, capacities[1:], strict=False)):
+    if any(later > earlier for earlier, later in itertools.pairwise(capacities)):
         yield Problem(path, f"{list(capacities)}: must not increase, a token cannot come back")
 
 

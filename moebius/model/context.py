@@ -6,15 +6,16 @@ A layer object serves many visits, so none of this lives in modules: it arrives 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moebius.kernels.attention import document_mask
 from moebius.kernels.depth_select import replace_rows, take_rows
-from moebius.model.program import Visit
+from moebius.model.program import Site, Visit
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,6 @@ class Carry:
         return Carry(replace_rows(old, index_BK, new.router_scores_BSN))
 
 
-@dataclass(frozen=True, order=True)
-class Site:
-    """A router call site: statistics and losses belong to (module, depth), not to the parameter."""
-
-    name: str
-    depth: int
-
-    def __str__(self) -> str:
-        return f"{self.name}@{self.depth}"
-
-
 @dataclass(frozen=True)
 class DepthContext:
     """Where in the unrolled depth a layer is being used, for which tokens, and where it reports."""
@@ -93,15 +83,6 @@ class DepthContext:
     visit: Visit
     tokens: TokenContext
     ledger: Ledger
-
-    @property
-    def site(self) -> Site:
-        """The call site of this visit's router."""
-        return Site(f"layers.{self.visit.layer}", self.visit.depth)
-
-    def at(self, visit: Visit) -> DepthContext:
-        """The same tokens at another visit."""
-        return replace(self, visit=visit)
 
 
 class Ledger:
@@ -132,7 +113,7 @@ class Ledger:
         weight = coefficient * self.share
         booked = weight * loss.detach()
         self.losses[name] = self.losses[name] + booked if name in self.losses else booked
-        attached: Tensor = _AttachLoss.apply(x, loss, weight)
+        attached: Tensor = _AttachLoss.apply(x, loss, weight)  # type: ignore[no-untyped-call]
         return attached
 
     @classmethod
@@ -148,14 +129,13 @@ class Ledger:
 
 
 class _AttachLoss(torch.autograd.Function):
-    """Identity on x whose backward also sends `weight` to the loss (Megatron's aux-loss scaler)."""
+    """Identity on x whose backward also sends `weight` to the loss."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, loss: Tensor, weight: float):  # type: ignore[no-untyped-def]  # noqa: ANN205,E501
-        ctx.loss = loss.detach()  # type: ignore[attr-defined]
-        ctx.weight = weight  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, loss: Tensor, weight: float) -> Tensor:
+        ctx.weight = torch.full_like(loss, weight)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad_x: Tensor):  # type: ignore[no-untyped-def]
-        return grad_x, ctx.loss.new_full(ctx.loss.shape, ctx.weight), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], ctx.weight, None

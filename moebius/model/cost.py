@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moebius.model.block import Block
-from moebius.model.context import Site
+from moebius.model.config import MoEConfig
 from moebius.model.decoder import Decoder
 from moebius.model.moe.layer import MoE
-from moebius.model.program import Visit, kept_tokens
+from moebius.model.program import Site, Visit, kept_tokens
 
 BACKWARD_PER_FORWARD = 2
 """each product of the forward pass costs two in the backward pass"""
@@ -47,8 +47,7 @@ def visit_costs(
             for visit in visits:
                 block = decoder.layers[visit.layer]
                 assert isinstance(block, Block)
-                site = Site(f"layers.{visit.layer}", visit.depth)
-                rows = None if ffn_rows is None else ffn_rows[site]
+                rows = None if ffn_rows is None else ffn_rows.get(visit.site)
                 flops = block_flops(block, num_rows, length, rows)
                 costs.append(VisitCost(visit, capacity, length, flops))
     return costs
@@ -65,8 +64,24 @@ def block_flops(block: Block, num_rows: int, length: int, ffn_rows: float | None
     return attention + block.ffn.flops(num_tokens, round(ffn_rows))
 
 
+def balanced_ffn_rows(decoder: Decoder, num_rows: int, sequence_length: int) -> dict[Site, float]:
+    """FFN assignments at each MoE site where the balance loss is at its minimum.
+
+    Their share is `tau*E / (tau*E + Z)` for E FFN and Z zero-computation experts; without a balance
+    loss all experts count as equally loaded.
+    """
+    moe = decoder.config.ffn
+    if not isinstance(moe, MoEConfig):
+        return {}
+    ffn_load = moe.count("ffn") * (moe.balance.tau if moe.balance else 1.0)
+    share = ffn_load / (ffn_load + moe.num_experts - moe.count("ffn"))
+    per_token = moe.router.selector.top_k * share
+    costs = visit_costs(decoder, num_rows, sequence_length)
+    return {cost.visit.site: num_rows * cost.length * per_token for cost in costs}
+
+
 def depth_router_flops(decoder: Decoder, num_rows: int, sequence_length: int) -> int:
-    """Forward FLOPs of the depth routers: one score per candidate, the tokens of the depth before."""
+    """Forward FLOPs of the depth routers: a score for each token of the depth before."""
     total = 0
     for segment in decoder.program.segments:
         if segment.router is None:

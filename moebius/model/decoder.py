@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from moebius.kernels.rope import rope_tables
 from moebius.model.block import Block
 from moebius.model.config import ModelConfig, MoEConfig
-from moebius.model.context import Site
 from moebius.model.parameters import Linear, ParameterModule, ParameterSpec, RMSNorm, Role
-from moebius.model.program import Program, build_program
+from moebius.model.program import Program, Site, build_program
 from moebius.model.recursion.router import DepthRouter
 
 
@@ -82,6 +81,8 @@ def _predecessor_experts(config: ModelConfig, program: Program) -> dict[str, int
     """For each unique layer, the size of the MoE pool that comes before it in any of its visits."""
     num_experts = config.ffn.num_experts if isinstance(config.ffn, MoEConfig) else None
     return {
-        layer: num_experts if any(v.index > 0 and v.layer == layer for v in program.visits) else None
+        layer: num_experts
+        if any(v.index > 0 and v.layer == layer for v in program.visits)
+        else None
         for layer in program.layers
     }

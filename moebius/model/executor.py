@@ -55,7 +55,7 @@ class LocalExecutor:
         self.autocast_dtype = autocast_dtype
 
     def accumulate_gradients(self, micro_batches: Sequence[TokenBatch]) -> StepResult:
-        """Add the gradients of the mean loss over all labels of all micro-batches to the parameters.
+        """Add to the parameters the gradients of the mean loss over all micro-batches' labels.
 
         However a batch is cut into micro-batches, the sum is the same: every loss is divided by
         counts over the whole step, known before the first backward pass.
@@ -65,7 +65,7 @@ class LocalExecutor:
         for batch in micro_batches:
             ledger = Ledger(share=batch.labels_BS.numel() / num_labels)
             loss = self.loss_sum(batch, "topk", ledger) / num_labels
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             losses.append(loss.detach())
             ledgers.append(ledger)
         return StepResult(torch.stack(losses).sum(), Ledger.merge(ledgers))

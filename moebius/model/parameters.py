@@ -69,7 +69,7 @@ def named_specs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Parameter
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter from its own generator; drawn on the CPU, so the device changes nothing."""
+    """Fill every parameter from its own generator, on the CPU: the device changes nothing."""
     for name, parameter, spec in named_specs(model):
         if spec.std == 0.0:
             parameter.fill_(spec.mean)

@@ -5,6 +5,17 @@ from dataclasses import dataclass
 from moebius.model.config import DepthConfig, DepthRouterConfig
 
 
+@dataclass(frozen=True, order=True)
+class Site:
+    """A router call site: statistics and losses belong to (module, depth), not to the parameter."""
+
+    module: str
+    depth: int
+
+    def __str__(self) -> str:
+        return f"{self.module}@{self.depth}"
+
+
 @dataclass(frozen=True)
 class Visit:
     """One use of a layer.
@@ -16,6 +27,11 @@ class Visit:
     layer: str
     depth: int
     index: int
+
+    @property
+    def site(self) -> Site:
+        """The call site of the layer's router at this visit."""
+        return Site(f"layers.{self.layer}", self.depth)
 
 
 @dataclass(frozen=True)
@@ -75,9 +91,7 @@ def build_program(depth: DepthConfig) -> Program:
     for group, times in groups:
         passes = []
         for number in range(times):
-            passes.append(
-                tuple(Visit(name, number + 1, index + i) for i, name in enumerate(group))
-            )
+            passes.append(tuple(Visit(name, number + 1, index + i) for i, name in enumerate(group)))
             index += len(group)
         routed = depth.router is not None and group is body
         router = depth.router if routed else None
@@ -94,5 +108,5 @@ def _capacities(router: DepthRouterConfig | None, repeats: int) -> tuple[float, 
 
 
 def kept_tokens(capacity: float, sequence_length: int) -> int:
-    """k_r: how many tokens of a full row enter a depth, at least one (arXiv 2507.10524, eq. 2.1)."""
+    """k_r: how many tokens of a full row enter a depth, at least one."""
     return max(1, int(capacity * sequence_length + 1e-9))

@@ -3,13 +3,27 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Protocol
 
 from rich.console import Console
 
 from moebius.errors import MoebiusError
 from moebius.trainer.commands import describe, evaluate, generate, schema, train
 
-COMMANDS = {
+
+class Command(Protocol):
+    """A module of `moebius.trainer.commands`."""
+
+    __doc__: str | None
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+
+    def run(self, arguments: argparse.Namespace, console: Console) -> int:
+        """Do it; returns the exit code."""
+
+
+COMMANDS: dict[str, Command] = {
     "train": train,
     "describe": describe,
     "evaluate": evaluate,

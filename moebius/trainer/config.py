@@ -1,4 +1,4 @@
-"""The configuration of a run: the rooms' own configurations, composed, and the rules across them."""
+"""The configuration of a run: the rooms' configurations, composed, and the rules across them."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Literal

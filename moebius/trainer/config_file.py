@@ -18,7 +18,7 @@ KeyPath = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `3e-4` is a number, as in every other language (YAML 1.1 wants `3.0e-4`)."""
+    """Safe YAML in which `3e-4` is a number, as everywhere else (YAML 1.1 wants `3.0e-4`)."""
 
 
 _Loader.add_implicit_resolver(
@@ -188,7 +188,9 @@ def _describe(
         name += ".kind"
         message = f"{context['tag']!r} is not allowed{_nearest(context['tag'], allowed)}"
     elif kind == "union_tag_not_found":
-        message = "missing `kind`" if isinstance(given, dict) else f"must be a mapping, got {given!r}"
+        message = (
+            "missing `kind`" if isinstance(given, dict) else f"must be a mapping, got {given!r}"
+        )
     else:
         message = details["msg"][0].lower() + details["msg"][1:]
         if not isinstance(given, dict | list):
@@ -206,10 +208,9 @@ def _without_tags(location: KeyPath, tree: Any) -> KeyPath:
     path: list[str | int] = []
     for number, part in enumerate(location):
         last = number == len(location) - 1
-        if isinstance(tree, dict) and part in tree:
-            tree = tree[part]
-        elif isinstance(tree, list) and isinstance(part, int):
-            tree = tree[part]
+        child = _at(tree, (part,))
+        if child is not None:
+            tree = child
         elif not last or part == "[key]":
             continue
         path.append(part)

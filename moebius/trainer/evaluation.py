@@ -21,7 +21,6 @@ def evaluate(
     generation does; `eval/topk_loss` selects as in training, looking ahead, as published results
     do. `bytes_per_token` is that of the whole split.
     """
-    executor.decoder.eval()
     modes: dict[str, Mode] = {"": "threshold"}
     if len(executor.decoder.depth_routers):
         modes["topk_"] = "topk"
@@ -32,7 +31,6 @@ def evaluate(
         num_tokens += batch.num_tokens
         for prefix, mode in modes.items():
             sums[prefix] += float(executor.loss_sum(on_device, mode, Ledger()))
-    executor.decoder.train()
     metrics = {}
     for prefix, total in sums.items():
         loss = total / num_tokens

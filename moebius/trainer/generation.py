@@ -42,9 +42,7 @@ def generate_ids(
     return new
 
 
-def sample(
-    logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator
-) -> int:
+def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
     """One id from the `top_k` most probable ones."""
     if temperature == 0:
         return int(logits_V.argmax())

@@ -5,7 +5,9 @@ import time
 import torch
 
 
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+def matmul_flops_per_second(
+    device: torch.device, dtype: torch.dtype, seconds: float = 0.3
+) -> float:
     """The best rate of a large square matrix product on this machine in this precision.
 
     Repeats the product for about `seconds` and takes the fastest, so a disturbed start or another

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from moebius.model.config import ModelConfig, MoEConfig
-from moebius.model.context import Ledger, Site
+from moebius.model.context import Ledger
+from moebius.model.program import Site
 
 
 def ffn_counts(model: ModelConfig, ledger: Ledger) -> dict[Site, Tensor]:

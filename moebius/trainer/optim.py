@@ -38,12 +38,12 @@ class OptimConfig(ConfigNode):
     """largest global gradient norm"""
     schedule: Schedule = CosineSchedule()
     """course of the learning rate"""
-    roles: dict[RoleName, RoleOptions] = {}
+    roles: dict[RoleName, RoleOptions] = Field(default_factory=dict)
     """options by parameter role"""
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """One parameter group per role; each holds its `lr_scale`. Fused: 3x faster on CPU than a loop."""
+    """One parameter group per role, each with its `lr_scale`."""
     groups: dict[Role, list[nn.Parameter]] = {}
     for _, parameter, spec in named_specs(model):
         groups.setdefault(spec.role, []).append(parameter)

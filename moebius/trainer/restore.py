@@ -50,6 +50,6 @@ def restore(folder: Path, step: int | None = None) -> TrainedModel:
     decoder = Decoder(config.model)
     load_model(decoder, tensors["model"])
     device = select_device(config)
-    executor = LocalExecutor(decoder.to(device).eval(), AUTOCAST[config.train.precision])
+    executor = LocalExecutor(decoder.to(device), AUTOCAST[config.train.precision])
     tokenizer = load_tokenizer(data / "tokenizer.json")
     return TrainedModel(config, executor, manifest, tokenizer, device, record.step)

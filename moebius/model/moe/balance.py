@@ -26,10 +26,11 @@ def paper_coefficient(balance: SwitchBalanceConfig, moe: MoEConfig) -> float:
 
 
 def switch_loss(counts_GN: Tensor, prob_sums_GN: Tensor, tokens_G: Tensor, eta_N: Tensor) -> Tensor:
-    """`sum_i eta_i f_i P_i * sum_i(1/eta_i)` averaged over groups by their tokens (Fedus et al. 2021).
+    """`sum_i(eta_i f_i P_i) * sum_i(1/eta_i)`, averaged over groups by their tokens.
 
-    f is the share of the group's assignments, P the mean probability. Minimising it drives
-    `eta_i * f_i` to the same value for all experts, where the loss is 1. Gradients flow through P.
+    Switch Transformer (Fedus et al. 2021) with the weights eta of MoE++: f is an expert's share of
+    the group's assignments, P its mean probability. Minimising it drives `eta_i * f_i` to the same
+    value for all experts, where the loss is 1. Gradients flow through P.
     Groups without tokens contribute nothing.
     """
     share_GN = counts_GN / counts_GN.sum(dim=1, keepdim=True).clamp(min=1)

@@ -65,9 +65,7 @@ class ZeroComputationExperts(ParameterModule):
         """The pool's part of the layer's output, `[T, D]`; `mix_logits` is `x @ mix.T`, M = 2C."""
         weights = torch.zeros_like(routing.probs_TN)
         assigned = routing.ids_TK >= 0
-        weights = weights.scatter_add(
-            1, routing.ids_TK.clamp(min=0), routing.weights_TK * assigned
-        )
+        weights = weights.scatter_add(1, routing.ids_TK.clamp(min=0), routing.weights_TK * assigned)
         return affine_experts(
             x_TD,
             weights[:, self.first_copy : self.first_zero].sum(dim=-1),

@@ -65,18 +65,18 @@ class MoE(ParameterModule):
             tokens_B = valid_BS.sum(dim=1)
         counts_BN = expert_counts(routing.ids_TK, group_T, num_rows, probs_BSN.shape[-1])
         prob_sums_BN = probs_BSN.sum(dim=1)
-        ctx.ledger.record(ctx.site, tokens=tokens_B.sum(), expert_tokens=counts_BN.sum(dim=0))
+        ctx.ledger.record(ctx.visit.site, tokens=tokens_B.sum(), expert_tokens=counts_BN.sum(dim=0))
         balance = self.config.balance
         if balance is None:
             return y_TD
-        groups = (counts_BN, prob_sums_BN, tokens_B)
         if balance.scope == "micro_batch":
-            groups = tuple(group.sum(dim=0, keepdim=True) for group in groups)
-        loss = switch_loss(*groups, self.eta_N)
+            counts_BN, prob_sums_BN = counts_BN.sum(0, True), prob_sums_BN.sum(0, True)
+            tokens_B = tokens_B.sum(0, True)
+        loss = switch_loss(counts_BN, prob_sums_BN, tokens_B, self.eta_N)
         return ctx.ledger.attach(y_TD, "balance", loss, paper_coefficient(balance, self.config))
 
     def flops(self, num_tokens: int, num_ffn_rows: int) -> int:
-        """Forward FLOPs for `num_tokens`, of whose assignments `num_ffn_rows` went to FFN experts."""
+        """Forward FLOPs for tokens of whose assignments `num_ffn_rows` went to FFN experts."""
         extra_columns = self.zero_experts.mix.shape[0] * 2
         return (
             self.router.flops(num_tokens, extra_columns)

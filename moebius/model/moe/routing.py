@@ -50,7 +50,7 @@ def assignment_weights(
 
 
 def expert_counts(ids_TK: Tensor, group_T: Tensor, num_groups: int, num_experts: int) -> Tensor:
-    """Assignments per (group of tokens, expert), fp32 `[groups, N]`; empty assignments count nowhere."""
+    """Assignments per group of tokens and expert, fp32 `[groups, N]`; empty ones count nowhere."""
     chosen = ids_TK >= 0
     slot_TK = group_T.unsqueeze(1) * num_experts + ids_TK.clamp(min=0)
     counts = torch.zeros(num_groups * num_experts, dtype=torch.float32, device=ids_TK.device)

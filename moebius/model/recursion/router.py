@@ -9,9 +9,9 @@ from torch import Tensor
 
 from moebius.kernels.depth_select import compact, take_rows, top_k_mask
 from moebius.model.config import DepthRouterConfig, ModelConfig
-from moebius.model.context import Ledger, Site
+from moebius.model.context import Ledger
 from moebius.model.parameters import Linear, ParameterModule, Role
-from moebius.model.program import kept_tokens
+from moebius.model.program import Site, kept_tokens
 
 Mode = Literal["topk", "threshold"]
 """How tokens are selected. topk: the k best of the row, as published and as trained; it compares a
@@ -20,7 +20,7 @@ token with later ones. threshold: sigmoid(logit) >= 1/2, causal, the only mode f
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens that enter a pass, and how strongly its result counts. Only the executor moves them."""
+    """The tokens that enter a pass and the weight of its result; only the executor moves them."""
 
     index_BK: Tensor
     """positions in the full row, ascending, int64, -1 for an empty slot"""
@@ -43,7 +43,7 @@ class DepthRouter(ParameterModule):
     def forward(
         self, x_BSD: Tensor, candidates_BS: Tensor, mode: Mode, ledger: Ledger
     ) -> tuple[Tensor, Selection]:
-        """Select among `candidates` (the tokens of the previous depth), and book the auxiliary loss.
+        """Select among `candidates`, the tokens of the previous depth, and book the auxiliary loss.
 
         Returns the residual stream with the loss attached, and the selection. A token that was not
         selected once never returns: it is no candidate any more.

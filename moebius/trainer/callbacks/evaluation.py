@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class EvaluationCallback(Callback):
-    """Publishes the validation loss before the first step, every interval and after the last step."""
+    """Publishes the validation loss before the first step, every interval and at the end."""
 
     name = "evaluation"
     priority = 30

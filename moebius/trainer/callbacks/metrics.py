@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
 import torch
 
+from moebius.errors import TrainingError
 from moebius.model.cost import training_flops
 from moebius.trainer.callbacks.base import Callback, StepReport
 from moebius.trainer.machine import matmul_flops_per_second
@@ -53,13 +55,16 @@ class MetricsCallback(Callback):
                 "train/lr": report.lr,
                 "train/tokens": float(run.stream.position * config.data.sequence_length),
             }
+            if not math.isfinite(metrics["train/loss"]):
+                raise TrainingError(
+                    f"the loss is {metrics['train/loss']} at step {run.step}",
+                    "lower optim.lr or raise optim.schedule.warmup_steps",
+                )
         self.seconds += time.perf_counter() - self.began
         self.steps += 1
         if metrics:
             run.publish(
-                metrics
-                | routing_metrics(config.model, report.ledger)
-                | self._speed(run, report)
+                metrics | routing_metrics(config.model, report.ledger) | self._speed(run, report)
             )
             self.seconds, self.steps = 0.0, 0
 
@@ -67,7 +72,9 @@ class MetricsCallback(Callback):
         """MFU counts executed FLOPs: chosen FFN experts and selected tokens, not possible ones."""
         rows, length = run.config.train.batch_size, run.config.data.sequence_length
         steps_per_second = self.steps / self.seconds
-        executed = training_flops(run.decoder, rows, length, ffn_rows(run.config.model, report.ledger))
+        executed = training_flops(
+            run.decoder, rows, length, ffn_rows(run.config.model, report.ledger)
+        )
         nominal = training_flops(run.decoder, rows, length)
         return {
             "speed/tokens_per_second": rows * length * steps_per_second,

@@ -1,11 +1,11 @@
-"""What makes a folder a checkpoint: a commit record, written last, with size and hash of each file."""
+"""What makes a folder a checkpoint: a commit record, written last, that vouches for each file."""
 
 import hashlib
 import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from moebius.config import ConfigNode
 from moebius.errors import CheckpointError
@@ -34,7 +34,7 @@ class CommitRecord(ConfigNode):
     """the unrolled visits, as layer@depth"""
     callbacks: dict[str, dict[str, Any]]
     """state of each callback that has one"""
-    files: dict[str, FileEntry] = {}
+    files: dict[str, FileEntry] = Field(default_factory=dict)
 
 
 def seal(folder: Path, record: CommitRecord) -> None:

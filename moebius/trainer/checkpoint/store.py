@@ -59,7 +59,7 @@ class CheckpointStore:
         return path
 
     def load(self, folder: Path) -> tuple[CommitRecord, Tensors]:
-        """Verify and read a checkpoint. Raises CheckpointError where any of its files is damaged."""
+        """Verify and read a checkpoint. Raises CheckpointError where a file is damaged."""
         record = read_record(folder)
         tensors = {Path(name).stem: load_file(folder / name) for name in record.files}
         return record, tensors

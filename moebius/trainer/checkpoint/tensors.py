@@ -24,7 +24,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 @torch.no_grad()
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved parameters into the model. Raises CheckpointError for names or shapes that differ."""
+    """Copy saved parameters into the model. Raises CheckpointError where names or shapes differ."""
     parameters = dict(model.named_parameters())
     for name in parameters.keys() ^ tensors.keys():
         where = "checkpoint" if name in parameters else "model"

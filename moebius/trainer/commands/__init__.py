@@ -1,1 +1,1 @@
-"""The subcommands of `moebius`, one file each: `add_arguments(parser)` and `run(arguments, console)`."""
+"""The subcommands of `moebius`: a file each, with `add_arguments` and `run`."""

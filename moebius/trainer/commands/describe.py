@@ -6,17 +6,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moebius.model.block import Block
-from moebius.model.config import ModelConfig, MoEConfig
-from moebius.model.cost import forward_flops, training_flops, visit_costs
+from moebius.model.config import MoEConfig
+from moebius.model.cost import (
+    BACKWARD_PER_FORWARD,
+    balanced_ffn_rows,
+    forward_flops,
+    visit_costs,
+)
 from moebius.model.decoder import Decoder
 from moebius.trainer.config_file import load_config
+
+COLUMNS = ("visit", "layer", "depth", "capacity", "tokens", "experts", "parameters", "MFLOP/token")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`moebius describe CONFIG [path.to.option=value ...]`."""
     parser.add_argument("config", help="run file, for example configs/moepp_mor.yaml")
-    parser.add_argument("overrides", nargs="*", help="options of the file, as model.hidden_size=512")
+    parser.add_argument("overrides", nargs="*", help="options of the file: model.hidden_size=512")
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
@@ -26,73 +32,60 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         decoder = Decoder(config.model)
     length = config.data.sequence_length
     console.print(program_table(decoder, length))
-    for line in summary_lines(decoder, length):
+    for line in summary(decoder, length):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def program_table(decoder: Decoder, sequence_length: int) -> Table:
-    """One row per visit; a layer's parameters are counted where it is first used."""
+    """One row per visit; FLOPs are those of a forward pass, per token that enters the visit."""
     table = Table(title=f"Program at sequence length {sequence_length:,}")
-    for column in ("visit", "layer", "depth", "capacity", "tokens", "ffn", "parameters", "MFLOP/token"):
-        table.add_column(column, justify="left" if column == "ffn" else "right")
+    for column in COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    ffn = decoder.config.ffn
+    experts = "dense"
+    if isinstance(ffn, MoEConfig):
+        num_ffn = ffn.count("ffn")
+        experts = f"{ffn.router.selector.top_k} of {num_ffn}+{ffn.num_experts - num_ffn}"
     seen: set[str] = set()
     for cost in visit_costs(decoder, 1, sequence_length):
-        block = decoder.layers[cost.visit.layer]
-        assert isinstance(block, Block)
-        first = cost.visit.layer not in seen
-        seen.add(cost.visit.layer)
+        layer = cost.visit.layer
+        size = sum(p.numel() for p in decoder.layers[layer].parameters())
         table.add_row(
             str(cost.visit.index),
-            cost.visit.layer,
+            layer,
             str(cost.visit.depth),
             f"{cost.capacity:.3f}",
             f"{cost.length:,}",
-            ffn_label(decoder.config),
-            f"{sum(p.numel() for p in block.parameters()):,}" if first else "shared",
-            f"{cost.flops / cost.length / 1e6:.2f}",
+            experts,
+            "shared" if layer in seen else f"{size:,}",
+            f"{cost.flops / cost.length / 1e6:,.2f}",
         )
+        seen.add(layer)
     return table
 
 
-def ffn_label(config: ModelConfig) -> str:
-    """What the second sublayer of every block is, in a few characters."""
-    if not isinstance(config.ffn, MoEConfig):
-        return f"dense {config.ffn.intermediate_size}"
-    pool = " + ".join(f"{spec.count} {spec.kind}" for spec in config.ffn.experts)
-    return f"top-{config.ffn.router.selector.top_k} of {pool}"
-
-
-def summary_lines(decoder: Decoder, sequence_length: int) -> list[str]:
+def summary(decoder: Decoder, sequence_length: int) -> list[str]:
     """Totals of parameters and FLOPs."""
     total = sum(p.numel() for p in decoder.parameters())
-    outside = sum(p.numel() for p in decoder.embedding.parameters())
+    outside = decoder.embedding.weight.numel()
     if decoder.head is not None:
-        outside += sum(p.numel() for p in decoder.head.parameters())
-    forward = forward_flops(decoder, 1, sequence_length) / sequence_length
-    training = training_flops(decoder, 1, sequence_length) / sequence_length
+        outside += decoder.head.weight.numel()
+    nominal = forward_flops(decoder, 1, sequence_length) / sequence_length
     lines = [
-        f"parameters           {total:,} ({total - outside:,} without embedding and head)",
-        f"forward FLOPs/token  {forward:,.0f} (every assignment to an FFN expert)",
-        f"training FLOPs/token {training:,.0f}",
+        f"parameters: {total:,} ({total - outside:,} without embedding and head)",
+        f"forward FLOPs per token: {nominal:,.0f}, "
+        f"with backward {nominal * (1 + BACKWARD_PER_FORWARD):,.0f}",
     ]
     ffn = decoder.config.ffn
-    if isinstance(ffn, MoEConfig) and ffn.balance is not None and ffn.num_experts > ffn.count("ffn"):
-        share = balanced_ffn_share(ffn)
-        rows = {cost.visit: cost.length * ffn.router.selector.top_k * share
-                for cost in visit_costs(decoder, 1, sequence_length)}
-        from moebius.model.context import Site
-        by_site = {Site(f"layers.{v.layer}", v.depth): r for v, r in rows.items()}
-        expected = forward_flops(decoder, 1, sequence_length, by_site) / sequence_length
+    if isinstance(ffn, MoEConfig):
+        pool = " + ".join(f"{spec.count} {spec.kind}" for spec in ffn.experts)
+        lines.append(f"experts: top-{ffn.router.selector.top_k} of {pool}")
+    if isinstance(ffn, MoEConfig) and ffn.num_experts > ffn.count("ffn"):
+        rows = balanced_ffn_rows(decoder, 1, sequence_length)
+        balanced = forward_flops(decoder, 1, sequence_length, rows) / sequence_length
         lines.append(
-            f"at balance           {expected:,.0f} forward FLOPs/token, "
-            f"{share:.1%} of assignments to FFN experts"
+            "the FLOPs above send every assignment to an FFN expert; at balance of the load: "
+            f"{balanced:,.0f}"
         )
     return lines
-
-
-def balanced_ffn_share(ffn: MoEConfig) -> float:
-    """Share of FFN assignments that minimises the balance loss: `tau E / (tau E + Z)`."""
-    assert ffn.balance is not None
-    load = ffn.balance.tau * ffn.count("ffn")
-    return load / (load + ffn.num_experts - ffn.count("ffn"))

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Print the schema; the first line of a run file can name it for an editor's language server."""
+    """Print the schema; a run file can name it for the language server of an editor."""
     schema = RunConfig.model_json_schema()
     schema["properties"][BASE_KEY] = {
         "type": "string",

@@ -1,12 +1,11 @@
 """moebius train: prepare the corpus, train, say what to do next."""
 
 import argparse
-import os
 
 from rich.console import Console
 
 from moebius.data.prepare import prepare
-from moebius.errors import LayoutError
+from moebius.parallel.world import check_world_size
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.console import ConsoleCallback
 from moebius.trainer.callbacks.evaluation import EvaluationCallback
@@ -55,13 +54,3 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     lines.append(f"resume:   {again}   (continues after step {training.step} from {folder})")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     return 0 if training.stop_signal is None else SIGNAL_EXIT_BASE + training.stop_signal
-
-
-def check_world_size() -> None:
-    """Raise LayoutError under a launcher that started several processes."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != 1:
-        raise LayoutError(
-            f"world size {world_size}: this version trains in one process",
-            "launch with --nproc-per-node 1 on one node",
-        )
