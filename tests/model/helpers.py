@@ -1,0 +1,60 @@
+"""Small models and batches for the model tests."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebius.model.config import ModelConfig
+from moebius.model.context import Ledger
+from moebius.model.decoder import Decoder
+from moebius.model.executor import LocalExecutor, TokenBatch
+from moebius.model.parameters import initialize
+from moebius.model.recursion.router import Mode
+from tests.conftest import model_tree
+
+
+def build(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> LocalExecutor:
+    """An executor over the tests' model with some fields of its config changed."""
+    decoder = Decoder(ModelConfig.model_validate(model_tree(**changes)))
+    initialize(decoder, seed)
+    return LocalExecutor(decoder.to(dtype))
+
+
+def batch_of(tokens_BS: Tensor, segment_ids_BS: Tensor | None = None) -> TokenBatch:
+    """A batch of whole-row documents, or with given document numbers."""
+    rows, length = tokens_BS.shape
+    positions = torch.arange(length).expand(rows, -1)
+    if segment_ids_BS is None:
+        segment_ids_BS = torch.zeros_like(tokens_BS)
+    return SimpleNamespace(
+        tokens_BS=tokens_BS,
+        labels_BS=tokens_BS.roll(-1, dims=1),
+        segment_ids_BS=segment_ids_BS,
+        positions_BS=positions,
+    )
+
+
+def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = 512) -> TokenBatch:
+    """Random token ids, one document per row."""
+    generator = torch.Generator().manual_seed(seed)
+    return batch_of(torch.randint(0, vocab_size, (rows, length), generator=generator))
+
+
+def rows_of(batch: TokenBatch, start: int, end: int) -> TokenBatch:
+    """Some rows of a batch."""
+    return SimpleNamespace(**{name: rows[start:end] for name, rows in vars(batch).items()})
+
+
+def hidden(executor: LocalExecutor, batch: TokenBatch, mode: Mode = "topk") -> Tensor:
+    """Final hidden states, statistics discarded."""
+    return executor.hidden(batch, mode, Ledger())
+
+
+def scale_parameters(executor: LocalExecutor, name_part: str, factor: float) -> None:
+    """Make some parameters larger, so that what they do is not lost in rounding."""
+    with torch.no_grad():
+        for name, parameter in executor.decoder.named_parameters():
+            if name_part in name:
+                parameter.mul_(factor)

@@ -1,0 +1,80 @@
+"""The cost model against torch's FLOP counter and the parameters that exist."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from moebius.model.context import Ledger
+from moebius.model.cost import balanced_ffn_rows, forward_flops, training_flops, visit_costs
+from moebius.model.executor import LocalExecutor
+from moebius.trainer.metrics import ffn_rows
+from tests.conftest import MOE
+from tests.model.helpers import build, random_batch
+
+CASES: dict[str, dict[str, Any]] = {
+    "dense": {"ffn": {"kind": "dense", "intermediate_size": 48}, "depth": {"num_layers": 3}},
+    "moe": {"depth": {"num_layers": 3}},
+    "ffn experts only": {
+        "ffn": MOE | {"experts": [{"kind": "ffn", "count": 4, "intermediate_size": 24}]},
+        "depth": {"num_layers": 2},
+    },
+    "recursion": {
+        "ffn": {"kind": "dense", "intermediate_size": 48},
+        "depth": {"num_layers": 6, "sharing": "middle_cycle", "num_recursions": 2},
+    },
+    "moe and routed recursion": {},
+    "untied": {"depth": {"num_layers": 2}, "tie_embeddings": False},
+}
+ROWS, LENGTH = 3, 20
+
+
+def counted_flops(executor: LocalExecutor, backward: bool) -> tuple[int, Ledger]:
+    """FLOPs of the products that really ran, attention decomposed so that they are visible."""
+    batch = random_batch(ROWS, LENGTH)
+    ledger = Ledger()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss = executor.loss_sum(batch, "topk", ledger)
+        if backward:
+            loss.backward()
+    return counter.get_total_flops(), ledger
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_flops_equal_the_counter(name: str) -> None:
+    """Exactly, with the FFN assignments that the routers made."""
+    # float64: the experts run as plain products, which the counter knows; grouped ones it does not.
+    executor = build(torch.float64, **CASES[name])
+    counted, ledger = counted_flops(executor, backward=False)
+    rows = ffn_rows(executor.decoder.config, ledger)
+    assert forward_flops(executor.decoder, ROWS, LENGTH, rows) == counted
+
+
+def test_training_costs_three_forward_passes() -> None:
+    """The products of the first layer's inputs to the embedding are free; all else is counted."""
+    executor = build(torch.float64, **CASES["dense"])
+    counted, _ = counted_flops(executor, backward=True)
+    assert training_flops(executor.decoder, ROWS, LENGTH) == pytest.approx(counted, rel=0.01)
+
+
+def test_nominal_cost_sends_every_assignment_to_an_ffn_expert() -> None:
+    executor = build(torch.float64, **CASES["moe"])
+    rows = {cost.visit.site: ROWS * LENGTH * 2.0 for cost in visit_costs(executor.decoder, 1, 1)}
+    nominal = forward_flops(executor.decoder, ROWS, LENGTH)
+    assert nominal == forward_flops(executor.decoder, ROWS, LENGTH, rows)
+    balanced = balanced_ffn_rows(executor.decoder, ROWS, LENGTH)
+    share = 0.75 * 4 / (0.75 * 4 + 4)
+    assert set(balanced.values()) == {ROWS * LENGTH * 2 * share}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_meta_model_has_the_parameters_of_a_real_one(name: str) -> None:
+    """`describe` counts a model that was never allocated."""
+    with torch.device("meta"):
+        meta = build(**CASES[name]).decoder
+    real = build(**CASES[name]).decoder
+    shapes = {name: parameter.shape for name, parameter in real.named_parameters()}
+    assert {name: parameter.shape for name, parameter in meta.named_parameters()} == shapes
+    assert sum(p.numel() for p in meta.parameters()) == sum(v.numel() for v in shapes.values())

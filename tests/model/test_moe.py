@@ -1,0 +1,245 @@
+"""The MoE layer against loops over tokens and experts, and its losses against closed forms."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebius.model.config import MoEConfig, SelectorConfig, WeightPolicyConfig
+from moebius.model.context import Carry, DepthContext, Ledger, TokenContext
+from moebius.model.moe.balance import balance_weights, paper_coefficient, switch_loss
+from moebius.model.moe.layer import MoE
+from moebius.model.moe.routing import assignment_weights, select_experts
+from moebius.model.program import Visit
+from tests.conftest import MOE
+from tests.model.helpers import build, random_batch, rows_of, scale_parameters
+
+
+def moe_layer(**router: Any) -> MoE:
+    """The first MoE layer of a model in float64, with routers that decide clearly."""
+    executor = build(torch.float64, ffn=MOE | {"router": router})
+    scale_parameters(executor, "router.weight", 50.0)
+    scale_parameters(executor, "zero_experts", 50.0)
+    scale_parameters(executor, "experts.", 20.0)
+    layer = executor.decoder.layers["1"].ffn
+    assert isinstance(layer, MoE)
+    return layer
+
+
+def run_layer(layer: MoE, x_BSD: Tensor, carry: Carry, valid_BS: Tensor | None = None) -> Any:
+    """Output, carry and ledger of one visit."""
+    rows, length, _ = x_BSD.shape
+    dummy = torch.zeros(rows, length, 8)
+    tokens = TokenContext(torch.zeros(rows, length, dtype=torch.int64), dummy, dummy, valid_BS)
+    ledger = Ledger()
+    y_BSD, carry = layer(x_BSD, carry, DepthContext(Visit("1", 1, 1), tokens, ledger))
+    return y_BSD, carry, ledger
+
+
+def naive_moe(layer: MoE, x_TD: Tensor, previous_TN: Tensor, policy: str) -> Tensor:
+    """The definition (MoE++ eq. 1-6), one token and one expert at a time."""
+    router, experts, zero = layer.router, layer.experts, layer.zero_experts
+    outputs = []
+    for x, previous in zip(x_TD, previous_TN, strict=True):
+        scores = router.weight @ x
+        if router.residual is not None:
+            scores = scores + router.residual @ previous
+        probs = scores.softmax(dim=0)
+        chosen = sorted(range(len(probs)), key=lambda i: (-probs[i].item(), i))[:2]
+        weights = {i: probs[i] for i in chosen}
+        if policy == "drop_null_renormalize":
+            weights = {i: (0.0 * p if i == 7 else p) for i, p in weights.items()}
+        if policy != "raw":
+            total = sum(weights.values())
+            weights = {i: p / total for i, p in weights.items()} if total.item() > 0 else weights
+        y = torch.zeros_like(x)
+        for i, weight in weights.items():
+            if i < 4:
+                gate, up = (experts.gate_up[i] @ x).chunk(2)
+                expert_out = experts.down[i] @ (F.silu(gate) * up)
+            elif i < 6:
+                first, second = (zero.mix[i - 4] @ x).softmax(dim=0)
+                expert_out = first * x + second * zero.constants[i - 4]
+            elif i == 6:
+                expert_out = x
+            else:
+                expert_out = torch.zeros_like(x)
+            y = y + weight * expert_out
+        outputs.append(y)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("policy", ["raw", "renormalize", "drop_null_renormalize"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_layer_equals_a_loop_over_tokens_and_experts(policy: str, residual: bool) -> None:
+    """Outputs and every gradient, for each weight policy, with and without the gating residual."""
+    layer = moe_layer(scorer={"gating_residual": residual}, weights={"kind": policy})
+    generator = torch.Generator().manual_seed(3)
+    if layer.router.residual is not None:
+        with torch.no_grad():
+            layer.router.residual.normal_(0, 0.3, generator=generator)
+    x = torch.randn(2, 11, 32, dtype=torch.float64, generator=generator, requires_grad=True)
+    previous = torch.randn(2, 11, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+
+    y, carry, ledger = run_layer(layer, x, Carry(previous))
+    assert carry.router_scores_BSN is not None
+    naive = naive_moe(layer, x.flatten(0, 1), previous.flatten(0, 1), policy).view_as(y)
+    torch.testing.assert_close(y, naive, rtol=0, atol=1e-9)
+
+    (site_statistics,) = ledger.statistics.values()
+    used = site_statistics["expert_tokens"]
+    assert float(used.sum()) == 2 * 22
+    assert int((used > 0).sum()) >= 7, "the comparison must exercise nearly all kinds of experts"
+
+    # Gradients without the attached balance loss, which the naive loop does not have.
+    layer.config = layer.config.model_copy(update={"balance": None})
+    y, _, _ = run_layer(layer, x, Carry(previous))
+    inputs = [x, *([previous] if residual else []), *layer.parameters()]
+    direction = torch.randn(y.shape, generator=generator)
+    got = torch.autograd.grad((y * direction).sum(), inputs)
+    expected = torch.autograd.grad((naive * direction).sum(), inputs)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_released_policy_gives_an_ffn_beside_a_zero_expert_weight_one() -> None:
+    probs = torch.tensor([[0.5, 0.2, 0.3]])
+    is_null = torch.tensor([False, False, True])
+    ids = select_experts(probs, SelectorConfig(top_k=2))
+    assert ids.tolist() == [[0, 2]]
+    weights = {
+        kind: assignment_weights(probs, ids, is_null, WeightPolicyConfig(kind=kind))[0].tolist()
+        for kind in ("raw", "renormalize", "drop_null_renormalize")
+    }
+    assert weights["raw"] == pytest.approx([0.5, 0.3])
+    assert weights["renormalize"] == pytest.approx([0.625, 0.375])
+    assert weights["drop_null_renormalize"] == [1.0, 0.0]
+
+
+def test_only_zero_experts_chosen_gives_weights_zero_and_finite_gradients() -> None:
+    logits = torch.tensor([[0.0, 5.0, 5.0]], requires_grad=True)
+    is_null = torch.tensor([False, True, True])
+    ids = torch.tensor([[1, 2]])
+    policy = WeightPolicyConfig(kind="drop_null_renormalize")
+    weights = assignment_weights(logits.softmax(dim=1), ids, is_null, policy)
+    assert weights.tolist() == [[0.0, 0.0]]
+    (gradient,) = torch.autograd.grad(weights.sum(), logits)
+    assert bool(gradient.isfinite().all())
+
+
+def test_of_equal_probabilities_the_lower_id_wins() -> None:
+    probs = torch.full((1, 6), 1 / 6)
+    assert select_experts(probs, SelectorConfig(top_k=3)).tolist() == [[0, 1, 2]]
+
+
+def test_empty_slots_are_neither_computed_nor_counted() -> None:
+    """Dropping the last tokens of a row and marking them empty is the same for the others."""
+    layer = moe_layer()
+    x = torch.randn(1, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    valid = torch.tensor([[True] * 4 + [False] * 2])
+    y, _, ledger = run_layer(layer, x, Carry(), valid)
+    y_short, _, ledger_short = run_layer(layer, x[:, :4], Carry())
+    torch.testing.assert_close(y[:, :4], y_short)
+    assert torch.equal(y[:, 4:], torch.zeros_like(y[:, 4:]))
+    (full,), (short,) = ledger.statistics.values(), ledger_short.statistics.values()
+    assert torch.equal(full["expert_tokens"], short["expert_tokens"])
+    assert int(full["tokens"]) == 4
+    torch.testing.assert_close(ledger.losses["balance"], ledger_short.losses["balance"])
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.75, 0.1])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_balance_loss_is_one_at_balance(tau: float, top_k: int) -> None:
+    """For any K, pool and tau: `eta_i f_i` equal everywhere, probabilities following the load."""
+    moe = MoEConfig.model_validate(MOE | {"balance": {"tau": tau}})
+    eta = balance_weights(moe, tau)
+    load = (1 / eta) / (1 / eta).sum()
+    tokens = torch.tensor([1000.0])
+    loss = switch_loss(load[None] * top_k * 1000, load[None] * 1000, tokens, eta)
+    assert float(loss) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_paper_scale_is_the_published_value_at_balance() -> None:
+    """MoE++ 16+4 experts, K = 2, tau = .75: the loss as published is .09375 where ours is 1."""
+    pool = [
+        {"kind": "ffn", "count": 16, "intermediate_size": 8},
+        {"kind": "constant", "count": 2},
+        {"kind": "copy"},
+        {"kind": "zero"},
+    ]
+    balance = {"tau": 0.75, "coefficient": 1.0, "paper_scale": True}
+    moe = MoEConfig.model_validate(MOE | {"experts": pool, "balance": balance})
+    assert moe.balance is not None
+    assert paper_coefficient(moe.balance, moe) == pytest.approx(2 * 0.75 / (0.75 * 16 + 4))
+
+
+def test_balance_loss_drives_the_ffn_share_to_tau() -> None:
+    """A linear router trained on the loss alone ends at `tau E / (tau E + Z)` of the load."""
+    torch.manual_seed(0)
+    num_ffn, num_zero, top_k, tau = 16, 4, 2, 0.25
+    x, weight = torch.randn(2048, 32), torch.randn(20, 32) * 0.02
+    eta = torch.tensor([1.0] * num_ffn + [tau] * num_zero)
+    weight.requires_grad_()
+    optimizer = torch.optim.Adam([weight], lr=0.02)
+    shares = []
+    for step in range(300):
+        probs = (x @ weight.T).softmax(dim=1)
+        counts = torch.bincount(probs.topk(top_k).indices.flatten(), minlength=20).float()
+        loss = switch_loss(counts[None], probs.sum(0)[None], torch.tensor([2048.0]), eta)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step >= 200:
+            shares.append(float(counts[:num_ffn].sum() / counts.sum()))
+    expected = tau * num_ffn / (tau * num_ffn + num_zero)
+    assert sum(shares) / len(shares) == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_accumulation_changes_nothing(routed: bool) -> None:
+    """1 x 8, 2 x 4 and 8 x 1 rows: the same loss, auxiliary losses, counts and gradients."""
+    depth = {
+        "num_layers": 6,
+        "sharing": "middle_cycle",
+        "num_recursions": 2,
+        "router": {"aux_coefficient": 0.5} if routed else None,
+    }
+    ffn = MOE | {"balance": {"coefficient": 0.5, "tau": 0.75}}
+    whole = random_batch(8, 16)
+    results = []
+    for rows in (8, 4, 1):
+        executor = build(torch.float64, depth=depth, ffn=ffn)
+        parts = [rows_of(whole, start, start + rows) for start in range(0, 8, rows)]
+        result = executor.accumulate_gradients(parts)
+        gradients = [p.grad for p in executor.decoder.parameters() if p.grad is not None]
+        results.append((result, gradients))
+    (first, first_gradients), *others = results
+    assert first.ledger.losses.keys() == ({"balance", "depth"} if routed else {"balance"})
+    for result, gradients in others:
+        torch.testing.assert_close(result.loss, first.loss, rtol=0, atol=1e-12)
+        for name, loss in first.ledger.losses.items():
+            torch.testing.assert_close(result.ledger.losses[name], loss, rtol=1e-6, atol=0)
+        for site, sums in first.ledger.statistics.items():
+            for key, value in sums.items():
+                assert torch.equal(result.ledger.statistics[site][key], value)
+        assert len(gradients) == len(first_gradients)
+        for a, b in zip(gradients, first_gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
+
+
+def test_attached_losses_enter_the_gradient_with_their_coefficient() -> None:
+    """Doubling the coefficient doubles the router gradient that the balance loss contributes."""
+
+    def router_gradient(coefficient: float) -> Tensor:
+        ffn = MOE | {"balance": {"coefficient": coefficient}}
+        executor = build(torch.float64, ffn=ffn)
+        executor.accumulate_gradients([random_batch(2, 16)])
+        gradient = executor.decoder.get_parameter("layers.1.ffn.router.weight").grad
+        assert gradient is not None
+        return gradient
+
+    without, once, twice = (router_gradient(c) for c in (0.0, 1.0, 2.0))
+    assert float((once - without).abs().max()) > 1e-6
+    torch.testing.assert_close(twice - without, 2 * (once - without), rtol=1e-5, atol=1e-10)
