@@ -244,7 +244,7 @@ def depth_router_rules(model: ModelConfig) -> Iterator[Problem]:
         )
     if any(not 0 < c <= 1 for c in capacities):
         yield Problem(path, f"{list(capacities)}: each must be in (0, 1]")
-    if any(later > earlier for earlier, later in itertools.pairwise(capacities)):
+    elif any(later > earlier for earlier, later in itertools.pairwise(capacities)):
         yield Problem(path, f"{list(capacities)}: must not increase, a token cannot come back")
 
 

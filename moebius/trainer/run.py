@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -114,29 +114,33 @@ def check_vocabulary(config: RunConfig, manifest: Manifest) -> None:
         )
 
 
-def claim_folder(config: RunConfig) -> None:
-    """Write the resolved config into the run folder, or check that it is the one found there.
-
-    Raises CheckpointError naming the differing fields where the folder belongs to another run.
-    """
+def check_folder(config: RunConfig) -> None:
+    """Raise CheckpointError, naming the differing fields, where the folder holds another run."""
     path = Path(config.run_dir) / CONFIG_NAME
-    if path.exists():
-        try:
-            found = identity(RunConfig.model_validate(yaml.safe_load(path.read_text())))
-        except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"run_dir: cannot read '{path}': {reason}") from None
-        wanted = identity(config)
-        changes = [
-            f"{name}: {found.get(name)} -> {wanted.get(name)}"
-            for name in sorted(found.keys() | wanted.keys())
-            if found.get(name) != wanted.get(name)
-        ]
-        if changes:
-            raise CheckpointError(
-                f"run_dir: '{config.run_dir}' belongs to another config ({'; '.join(changes)})",
-                "choose another run_dir or delete the folder",
-            )
+    if not path.exists():
+        return
+    try:
+        found = identity(RunConfig.model_validate(yaml.safe_load(path.read_text())))
+    except (ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"run_dir: cannot read '{path}': {reason}") from None
+    wanted = identity(config)
+    changes = [
+        f"{name}: {found.get(name)} -> {wanted.get(name)}"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if changes:
+        raise CheckpointError(
+            f"run_dir: '{config.run_dir}' belongs to another config ({'; '.join(changes)})",
+            "choose another run_dir or delete the folder",
+        )
+
+
+def claim_folder(config: RunConfig) -> None:
+    """Write the resolved config into the run folder, whose owner it is from now on."""
+    path = Path(config.run_dir) / CONFIG_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    tree = json.loads(config.model_dump_json())
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    os.replace(temporary, path)

@@ -14,7 +14,7 @@ from moebius.trainer.callbacks.metrics import MetricsCallback
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
 from moebius.trainer.config_file import load_config
 from moebius.trainer.loop import train
-from moebius.trainer.run import Run, claim_folder
+from moebius.trainer.run import Run, check_folder, claim_folder
 
 SIGNAL_EXIT_BASE = 128
 
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Train to the last step (exit code 0) or to an interruption (128 + signal number)."""
     config = load_config(arguments.config, arguments.overrides)
     check_world_size()
-    claim_folder(config)
+    check_folder(config)
     manifest = prepare(config.data, config.model.vocab_size, lambda line: console.print(line))
     callbacks = [
         InterruptCallback(),
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     ]
     training = Run(config, manifest, callbacks)
     training.resume()
+    claim_folder(config)  # only now: a run that could not be built leaves no trace
     train(training)
     again = " ".join(["moebius train", arguments.config, *arguments.overrides])
     folder = training.folder

@@ -1,0 +1,93 @@
+"""Running short trainings and the command line from tests."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from moebius.data.manifest import read_manifest
+from moebius.trainer.callbacks.base import Callback, StepReport
+from moebius.trainer.callbacks.checkpointing import CheckpointCallback
+from moebius.trainer.callbacks.console import ConsoleCallback
+from moebius.trainer.callbacks.evaluation import EvaluationCallback
+from moebius.trainer.callbacks.metrics import MetricsCallback
+from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
+from moebius.trainer.config import RunConfig
+from moebius.trainer.loop import train
+from moebius.trainer.run import Run, check_folder, claim_folder
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class StopAfter(Callback):
+    """Asks for a stop after a step, as an interruption does."""
+
+    name = "stop_after"
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_step_end(self, run: Run, report: StepReport) -> None:
+        if run.step == self.step:
+            run.stop_signal = 2
+
+
+def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
+    """Train as `moebius train` does, without a terminal and without signals."""
+    check_folder(config)
+    callbacks = [
+        StopAfter(stop_after),
+        ConsoleCallback(Console(file=open(os.devnull, "w"))),  # noqa: SIM115
+        JsonlSink(),
+        TensorBoardSink(),
+        MetricsCallback(),
+        EvaluationCallback(),
+        CheckpointCallback(),
+    ]
+    run = Run(config, read_manifest(Path(config.data.dir)), callbacks)
+    run.resume()
+    claim_folder(config)
+    train(run)
+    return run
+
+
+def logged(folder: str | Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith("speed/")}
+        for line in lines
+    ]
+
+
+def write_config(tree: dict[str, Any], path: Path) -> Path:
+    """A run file of a config tree."""
+    plain = json.loads(json.dumps(tree))
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+def moebius(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "moebius.trainer", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
+
+
+def error_line(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line a failed command printed to stderr; no traceback."""
+    assert result.returncode != 0, result.stdout
+    assert "Traceback" not in result.stderr, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]

@@ -1,0 +1,137 @@
+"""Checkpoints: whole or not there, verified, and damage is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moebius.errors import CheckpointError
+from moebius.trainer.checkpoint.commit import RECORD_NAME, CommitRecord
+from moebius.trainer.checkpoint.store import CheckpointStore
+from moebius.trainer.checkpoint.tensors import (
+    load_model,
+    load_optimizer,
+    model_tensors,
+    optimizer_tensors,
+)
+from moebius.trainer.optim import OptimConfig, build_optimizer
+from tests.model.helpers import build, random_batch
+
+
+def record(step: int) -> CommitRecord:
+    return CommitRecord(step=step, position=4 * step, config={}, program=["0@1"], callbacks={})
+
+
+def saved(tmp_path: Path, step: int = 3) -> tuple[CheckpointStore, Path]:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    tensors = {
+        "model": {"a": torch.arange(6.0), "b": torch.ones(2, 3).T},
+        "optimizer": {"a/exp_avg": torch.zeros(6), "a/step": torch.tensor(3.0)},
+    }
+    return store, store.save(record(step), tensors)
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    store, folder = saved(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        RECORD_NAME,
+        "model.safetensors",
+        "optimizer.safetensors",
+    ]
+    loaded, tensors = store.load(folder)
+    assert (loaded.step, loaded.position, loaded.program) == (3, 12, ["0@1"])
+    assert torch.equal(tensors["model"]["b"], torch.ones(3, 2))
+    assert tensors["optimizer"]["a/step"] == 3.0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_one_flipped_bit_is_noticed(tmp_path: Path, name: str, place: str) -> None:
+    store, folder = saved(tmp_path)
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[{"first": 0, "middle": len(data) // 2, "last": -1}[place]] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{name} was changed after its commit"):
+        store.load(folder)
+
+
+def test_a_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
+    store, folder = saved(tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has \d+ bytes, \d+ were"):
+        store.load(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
+        store.load(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format": 2}'])
+def test_a_damaged_record_is_no_checkpoint(tmp_path: Path, text: str) -> None:
+    store, folder = saved(tmp_path)
+    (folder / RECORD_NAME).write_text(text)
+    with pytest.raises(CheckpointError, match=r"no valid commit\.json"):
+        store.load(folder)
+
+
+def test_an_unfinished_save_is_not_found_and_does_not_disturb(tmp_path: Path) -> None:
+    store, folder = saved(tmp_path, step=3)
+    unfinished = store.root / "step-00000004.tmp"
+    unfinished.mkdir()
+    (unfinished / "model.safetensors").write_bytes(b"half")
+    assert store.find() == folder
+    _, folder = saved(tmp_path, step=4)
+    assert not unfinished.exists()
+    assert store.find() == folder
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        store, _ = saved(tmp_path, step=step)
+    assert [path.name for path in store.checkpoints()] == ["step-00000002", "step-00000010"]
+    assert store.find(2) is not None
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 1 .* there: 2, 10"):
+        store.find(1)
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
+    assert CheckpointStore(tmp_path / "none", keep=1).find() is None
+
+
+def test_model_and_optimizer_state_survive(tmp_path: Path) -> None:
+    """Bit for bit, into a model that started from other values."""
+    executor, other = build(seed=0), build(seed=1)
+    optimizer = build_optimizer(executor.decoder, OptimConfig())
+    executor.accumulate_gradients([random_batch(2, 8)])
+    optimizer.step()
+    other_optimizer = build_optimizer(other.decoder, OptimConfig())
+    load_model(other.decoder, model_tensors(executor.decoder))
+    state = optimizer_tensors(executor.decoder, optimizer)
+    load_optimizer(other.decoder, other_optimizer, state)
+    for name, tensor in model_tensors(executor.decoder).items():
+        assert torch.equal(model_tensors(other.decoder)[name], tensor)
+    again = optimizer_tensors(other.decoder, other_optimizer)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+def test_a_checkpoint_of_another_model_is_refused() -> None:
+    small, large = build(depth={"num_layers": 2}).decoder, build(depth={"num_layers": 3}).decoder
+    with pytest.raises(CheckpointError, match=r"layers\.2\..* is not in the checkpoint"):
+        load_model(large, model_tensors(small))
+    with pytest.raises(CheckpointError, match=r"layers\.2\..* is not in the model"):
+        load_model(small, model_tensors(large))
+    wide = build(hidden_size=64, depth={"num_layers": 2}).decoder
+    with pytest.raises(CheckpointError, match=r"the model's is"):
+        load_model(wide, model_tensors(small))
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path)
+    for path in folder.iterdir():
+        head = path.read_bytes()[:2]
+        assert head != b"\x80\x04"
+        assert head != b"PK"
+    json.loads((folder / RECORD_NAME).read_text())
