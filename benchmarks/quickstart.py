@@ -1,0 +1,73 @@
+"""How long the quickstart takes on this machine, and what it reaches.
+
+    .venv/bin/python benchmarks/quickstart.py
+
+Trains configs/quickstart.yaml from nothing in a temporary folder and writes
+benchmarks/results/quickstart-<machine>.json. The speed is given as the share of the machine's own
+matrix-product rate, measured in the same process (MFU of executed FLOPs).
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def processor() -> str:
+    """Name of the CPU as the kernel gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.processor()
+
+
+def main() -> None:
+    """Train, read the log, write the result."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [f"run_dir={folder}/run", f"data.dir={folder}/data"]
+        began = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "moebius.trainer", "train", "configs/quickstart.yaml"]
+            + overrides,
+            cwd=ROOT,
+            check=True,
+        )
+        seconds = time.perf_counter() - began
+        lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").open()]
+    evaluations = [line for line in lines if "eval/loss" in line]
+    reports = [line for line in lines if "speed/mfu" in line][1:]
+    result = {
+        "commit": commit,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "seconds_from_nothing": round(seconds, 1),
+        "validation_loss": {line["step"]: line["eval/loss"] for line in evaluations},
+        "bits_per_byte": {line["step"]: line["eval/bits_per_byte"] for line in evaluations},
+        "median_tokens_per_second": statistics.median(
+            line["speed/tokens_per_second"] for line in reports
+        ),
+        "median_mfu_executed": statistics.median(line["speed/mfu"] for line in reports),
+    }
+    target = ROOT / "benchmarks" / "results" / f"quickstart-{os.cpu_count()}-core-cpu.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
