@@ -39,13 +39,20 @@ def main() -> None:
         overrides = [f"run_dir={folder}/run", f"data.dir={folder}/data"]
         began = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "moebius.trainer", "train", "configs/quickstart.yaml"]
-            + overrides,
+            [
+                sys.executable,
+                "-m",
+                "moebius.trainer",
+                "train",
+                "configs/quickstart.yaml",
+                *overrides,
+            ],
             cwd=ROOT,
             check=True,
         )
         seconds = time.perf_counter() - began
-        lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").open()]
+        log = Path(folder, "run", "metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in log.splitlines()]
     evaluations = [line for line in lines if "eval/loss" in line]
     reports = [line for line in lines if "speed/mfu" in line][1:]
     result = {
