@@ -130,12 +130,23 @@ def _override(tree: dict[str, Any], places: dict[KeyPath, str], override: str) -
             change = _with_item(_at(tree, path[:depth]), part, change, override)
         else:
             change = {part: change}
+    place = f"command line: {override}"
+    for end in range(1, len(path)):
+        if not isinstance(_at(tree, path[:end]), dict | list):
+            places[path[:end]] = place
+    for key in _keys(value, path):
+        places[key] = place
     merged = _merge(tree, change)
     tree.clear()
     tree.update(merged)
-    for depth in range(len(path)):
-        places.setdefault(path[: depth + 1], f"command line: {override}")
-    places[path] = f"command line: {override}"
+
+
+def _keys(value: Any, prefix: KeyPath) -> Iterator[KeyPath]:
+    """The path of a value and those of everything in it."""
+    yield prefix
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _keys(child, (*prefix, key))
 
 
 def _at(tree: Any, path: KeyPath) -> Any:
@@ -188,9 +199,11 @@ def _describe(
         name += ".kind"
         message = f"{context['tag']!r} is not allowed{_nearest(context['tag'], allowed)}"
     elif kind == "union_tag_not_found":
-        message = (
-            "missing `kind`" if isinstance(given, dict) else f"must be a mapping, got {given!r}"
-        )
+        message = "missing `kind`"
+    elif kind in ("model_type", "model_attributes_type", "dict_type"):
+        message = f"must be a mapping of options, got {given!r}"
+    elif kind in ("tuple_type", "list_type"):
+        message = f"must be a list, got {given!r}"
     else:
         message = details["msg"][0].lower() + details["msg"][1:]
         if not isinstance(given, dict | list):
