@@ -1,6 +1,7 @@
 """Documents from where they are: the standard library, local files, the hub."""
 
 import glob
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,20 +42,29 @@ def _stdlib(root: Path) -> Iterator[Document]:
 
 
 def _files(source: FilesSource) -> Iterator[Document]:
+    paths: list[Path] = []
     for pattern in source.paths:
-        paths = sorted(glob.glob(pattern, recursive=True))
-        if not paths:
+        matches = sorted(glob.glob(pattern, recursive=True))
+        if not matches:
             raise DataError(
                 f"data.source.paths: no file matches '{pattern}'",
                 "paths are relative to the working directory",
             )
-        for path in paths:
-            yield from _file(Path(path), source.text_field)
+        paths.extend(Path(match) for match in matches)
+    if not paths:
+        return
+    # Identity by the place below the common folder: files of one name in two folders differ, and
+    # the same files elsewhere do not.
+    root = os.path.commonpath([path.parent.absolute() for path in paths])
+    for path in paths:
+        yield from _file(path, os.path.relpath(path, root), source.text_field)
 
 
-def _file(path: Path, text_field: str) -> Iterator[Document]:
+def _file(path: Path, name: str, text_field: str) -> Iterator[Document]:
     import datasets
 
+    if path.is_file() and path.stat().st_size == 0:
+        return
     kind = FILE_KINDS.get(path.suffix)
     if kind is None:
         raise DataError(f"data.source.paths: '{path}' is none of {', '.join(FILE_KINDS)}")
@@ -65,7 +75,7 @@ def _file(path: Path, text_field: str) -> Iterator[Document]:
         )
         for number, row in enumerate(rows):
             column = "text" if kind == "text" else text_field
-            yield Document(f"{path.name}:{number}", _text(row, column, f"'{path}' row {number}"))
+            yield Document(f"{name}:{number}", _text(row, column, f"'{path}' row {number}"))
     except DataError:
         raise
     except Exception as error:  # the readers' own errors name neither file nor remedy
