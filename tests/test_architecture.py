@@ -60,6 +60,9 @@ def test_no_module_level_mutable_state() -> None:
         for node in ast.parse(path.read_text()).body:
             value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
             assert not isinstance(value, ast.List | ast.Set | ast.ListComp), f"{path}:{node.lineno}"
+            if isinstance(value, ast.Call):
+                called = ast.unparse(value.func).split(".")[-1]
+                assert called not in ("dict", "list", "set", "defaultdict", "deque"), path
             if isinstance(value, ast.Dict):
                 assert value.keys, f"{path}:{node.lineno}: an empty dict is a registry to be"
 

@@ -55,7 +55,7 @@ class DataConfig(ConfigNode):
     """Corpus, tokenizer and shape of samples."""
 
     dir: str
-    """folder of the prepared corpus; made from `source` when it does not exist"""
+    """folder of the prepared corpus; made from `source` unless a manifest is there"""
     source: Annotated[StdlibSource | FilesSource | HubSource, Field(discriminator="kind")] = (
         StdlibSource()
     )
@@ -76,4 +76,10 @@ def tokenizer_rules(data: DataConfig) -> Iterator[Problem]:
         )
 
 
-DATA_RULES = (tokenizer_rules,)
+def source_rules(data: DataConfig) -> Iterator[Problem]:
+    """Files must be named."""
+    if isinstance(data.source, FilesSource) and not data.source.paths:
+        yield Problem("source.paths", "empty; give at least one file or pattern")
+
+
+DATA_RULES = (tokenizer_rules, source_rules)

@@ -10,10 +10,17 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from moebius.data.config import DataConfig
-from moebius.data.manifest import MANIFEST_NAME, Manifest, Split, TokenizerEntry, read_manifest
+from moebius.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Split,
+    TokenizerEntry,
+    file_sha256,
+    read_manifest,
+)
 from moebius.data.shards import ShardWriter
 from moebius.data.sources import Document, documents
-from moebius.data.tokenizer import eod_id, load_tokenizer, train_tokenizer
+from moebius.data.tokenizer import count_ids, eod_id, load_tokenizer, train_tokenizer
 from moebius.errors import DataError
 
 TOKENIZER_BYTES = 20_000_000
@@ -44,14 +51,17 @@ def prepare(config: DataConfig, vocab_size: int, report: Callable[[str], None]) 
     folder.mkdir(parents=True, exist_ok=True)
     report(f"preparing corpus in {folder} from source '{config.source.kind}'")
     tokenizer = _tokenizer(config, vocab_size, folder)
-    splits = _write_shards(config, tokenizer, folder)
+    try:
+        splits = _write_shards(config, tokenizer, folder)
+    except OSError as error:
+        raise DataError(f"data.dir: cannot write to '{folder}': {error.strerror}") from error
     for name, split in splits.items():
         report(f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens")
     manifest = Manifest(
         recipe=recipe,
         tokenizer=TokenizerEntry(
-            sha256=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
-            vocab_size=tokenizer.get_vocab_size(),
+            sha256=file_sha256(folder / "tokenizer.json"),
+            vocab_size=count_ids(tokenizer),
             eod_id=eod_id(tokenizer, config.tokenizer),
         ),
         splits=splits,
@@ -83,12 +93,19 @@ def _recipe(config: DataConfig, vocab_size: int) -> dict[str, object]:
 def _tokenizer(config: DataConfig, vocab_size: int, folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if config.tokenizer.path is not None:
-        load_tokenizer(Path(config.tokenizer.path)).save(str(path))
+        _save(load_tokenizer(Path(config.tokenizer.path)), path)
     else:
         size = config.tokenizer.vocab_size or vocab_size
         texts = _up_to(TOKENIZER_BYTES, documents(config.source))
-        train_tokenizer(texts, size, config.tokenizer.eod_token).save(str(path))
+        _save(train_tokenizer(texts, size, config.tokenizer.eod_token), path)
     return load_tokenizer(path)
+
+
+def _save(tokenizer: Tokenizer, path: Path) -> None:
+    try:
+        tokenizer.save(str(path))
+    except Exception as error:  # the library raises bare Exception, as for a full disk
+        raise DataError(f"data.dir: cannot write '{path}': {error}") from error
 
 
 def _up_to(num_bytes: int, docs: Iterable[Document]) -> Iterator[str]:
@@ -106,8 +123,8 @@ def is_validation(document_id: str, fraction: float) -> bool:
 
 
 def _write_shards(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> dict[str, Split]:
-    eod, vocab_size = eod_id(tokenizer, config.tokenizer), tokenizer.get_vocab_size()
-    writers = {name: _SplitWriter(folder, name, vocab_size) for name in ("train", "validation")}
+    eod, num_ids = eod_id(tokenizer, config.tokenizer), count_ids(tokenizer)
+    writers = {name: _SplitWriter(folder, name, num_ids) for name in ("train", "validation")}
     docs = (document for document in documents(config.source) if document.text)
     while batch := list(itertools.islice(docs, ENCODE_BATCH)):
         encodings = tokenizer.encode_batch_fast(

@@ -1,6 +1,7 @@
 """Documents from where they are: the standard library, local files, the hub."""
 
 import glob
+import logging
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -51,12 +52,10 @@ def _files(source: FilesSource) -> Iterator[Document]:
                 "paths are relative to the working directory",
             )
         paths.extend(Path(match) for match in matches)
-    if not paths:
-        return
     # Identity by the place below the common folder: files of one name in two folders differ, and
     # the same files elsewhere do not.
     root = os.path.commonpath([path.parent.absolute() for path in paths])
-    for path in paths:
+    for path in dict.fromkeys(paths):  # two patterns may match one file
         yield from _file(path, os.path.relpath(path, root), source.text_field)
 
 
@@ -68,6 +67,7 @@ def _file(path: Path, name: str, text_field: str) -> Iterator[Document]:
     kind = FILE_KINDS.get(path.suffix)
     if kind is None:
         raise DataError(f"data.source.paths: '{path}' is none of {', '.join(FILE_KINDS)}")
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it would log what is raised below
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     try:
         rows = datasets.load_dataset(

@@ -26,7 +26,6 @@ class SplitReader:
         self.eod_id = manifest.tokenizer.eod_id
         self.vocab_size = manifest.tokenizer.vocab_size
         self.sequence_length = sequence_length
-        self.bytes_per_token = split.bytes / split.tokens
         self.names = [str(folder / shard.name) for shard in split.shards]
         self.shards = [open_shard(folder / shard.name, shard.tokens) for shard in split.shards]
         self.starts = [0, *itertools.accumulate(len(shard) for shard in self.shards)]

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moebius.data.config import TokenizerConfig
@@ -37,9 +39,30 @@ def load_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"tokenizer: cannot read '{path}': {error}") from error
+    # A tokenizer.json may cut or pad what it encodes; a corpus must keep every token.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     # Text that spells a special token stays text: no document can forge an end of document.
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def count_ids(tokenizer: Tokenizer) -> int:
+    """The number of ids a model must have rows for; a vocabulary may have gaps."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """UTF-8 bytes of text that each id stands for, `[V]`; added special tokens stand for none."""
+    lengths = np.zeros(count_ids(tokenizer), dtype=np.int64)
+    byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+    special = tokenizer.get_added_tokens_decoder()
+    for text, token_id in tokenizer.get_vocab().items():
+        if token_id in special:
+            continue
+        # A byte-level token is spelled with one character per byte.
+        lengths[token_id] = len(text if byte_level else tokenizer.decode([token_id]).encode())
+    return lengths
 
 
 def eod_id(tokenizer: Tokenizer, config: TokenizerConfig) -> int:

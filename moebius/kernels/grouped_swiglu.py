@@ -19,12 +19,15 @@ def grouped_swiglu(
     into the activation before the second product: one pass over F instead of D channels, and its
     gradient needs no stored output. Forward FLOPs: `6 * R * D * F`.
 
-    Under autocast the products run in its dtype (`grouped_mm` does not cast by itself); float64,
-    which `grouped_mm` refuses, takes `grouped_swiglu_reference`.
+    Under autocast the products run in its dtype (`grouped_mm` does not cast by itself). What
+    `grouped_mm` refuses takes `grouped_swiglu_reference`: float64, and rows of D or F elements
+    that are no multiple of 16 bytes.
     """
     device = rows_RD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows_RD.dtype
-    if dtype not in GROUPED_MM_DTYPES:
+    _, hidden, width = down_EDF.shape
+    aligned = hidden * dtype.itemsize % 16 == 0 and width * dtype.itemsize % 16 == 0
+    if dtype not in GROUPED_MM_DTYPES or not aligned:
         return grouped_swiglu_reference(rows_RD, weights_R, gate_up_E2FD, down_EDF, ends_E)
     rows_RD, gate_up_E2FD, down_EDF = (t.to(dtype) for t in (rows_RD, gate_up_E2FD, down_EDF))
     gate_up = F.grouped_mm(rows_RD, gate_up_E2FD.transpose(1, 2), offs=ends_E)

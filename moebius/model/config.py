@@ -45,19 +45,13 @@ class ExpertSpec(ConfigNode):
 
 
 class ScorerConfig(ConfigNode):
-    """How a token's scores over the experts arise."""
+    """How a token's scores over the experts arise; softmax makes them probabilities."""
 
     kind: Literal["linear"] = "linear"
     gating_residual: bool = False
     """add `W_g @ scores of the previous MoE layer` (MoE++ pathway-aware router)"""
     init_std: float | None = Field(None, gt=0)
     """standard deviation of the initial router weights; default: the model's `init_std`"""
-
-
-class ScoreNormConfig(ConfigNode):
-    """How scores become probabilities."""
-
-    kind: Literal["softmax"] = "softmax"
 
 
 class SelectorConfig(ConfigNode):
@@ -80,7 +74,6 @@ class RouterConfig(ConfigNode):
     """The stages of routing over width, in order."""
 
     scorer: ScorerConfig = ScorerConfig()
-    norm: ScoreNormConfig = ScoreNormConfig()
     selector: SelectorConfig = SelectorConfig()
     weights: WeightPolicyConfig = WeightPolicyConfig()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -76,15 +76,6 @@ class Carry:
         return Carry(replace_rows(old, index_BK, new.router_scores_BSN))
 
 
-@dataclass(frozen=True)
-class DepthContext:
-    """Where in the unrolled depth a layer is being used, for which tokens, and where it reports."""
-
-    visit: Visit
-    tokens: TokenContext
-    ledger: Ledger
-
-
 class Ledger:
     """What one forward pass produces besides its output: auxiliary losses and statistics by site.
 
@@ -126,6 +117,28 @@ class Ledger:
             for name, loss in ledger.losses.items():
                 merged.losses[name] = merged.losses[name] + loss if name in merged.losses else loss
         return merged
+
+
+Mode = Literal["topk", "threshold"]
+"""How depth routers select. topk: the k best of the row, as published and as trained; it compares a
+token with later ones. threshold: sigmoid(logit) >= 1/2, causal, the only mode for generation."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What is the same for every layer of one forward pass."""
+
+    mode: Mode
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class DepthContext:
+    """Where in the unrolled depth a layer is being used, for which tokens, and in which pass."""
+
+    visit: Visit
+    tokens: TokenContext
+    step: StepContext
 
 
 class _AttachLoss(torch.autograd.Function):

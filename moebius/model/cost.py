@@ -35,8 +35,8 @@ def visit_costs(
 ) -> list[VisitCost]:
     """Forward FLOPs of every visit, routed as in training (`topk`).
 
-    `ffn_rows` gives the FFN assignments counted at each MoE site (executed cost); without it every
-    one of the K assignments counts as one to an FFN expert (nominal cost).
+    `ffn_rows` gives the FFN assignments counted at each MoE site (executed cost); without it as
+    many of the K assignments as possible count as made to FFN experts (nominal cost).
     """
     costs = []
     for segment in decoder.program.segments:
@@ -48,20 +48,24 @@ def visit_costs(
                 block = decoder.layers[visit.layer]
                 assert isinstance(block, Block)
                 rows = None if ffn_rows is None else ffn_rows.get(visit.site)
-                flops = block_flops(block, num_rows, length, rows)
+                flops = block_flops(block, visit, num_rows, length, rows)
                 costs.append(VisitCost(visit, capacity, length, flops))
     return costs
 
 
-def block_flops(block: Block, num_rows: int, length: int, ffn_rows: float | None = None) -> int:
+def block_flops(
+    block: Block, visit: Visit, num_rows: int, length: int, ffn_rows: float | None = None
+) -> int:
     """Forward FLOPs of one visit to a block."""
     num_tokens = num_rows * length
     attention = block.attention.flops(num_rows, length)
     if not isinstance(block.ffn, MoE):
         return attention + block.ffn.flops(num_tokens)
     if ffn_rows is None:
-        ffn_rows = num_tokens * block.ffn.config.router.selector.top_k
-    return attention + block.ffn.flops(num_tokens, round(ffn_rows))
+        moe = block.ffn.config
+        ffn_rows = num_tokens * min(moe.router.selector.top_k, moe.count("ffn"))
+    # The carry is empty before the first visit: every block of a decoder has the same kind of FFN.
+    return attention + block.ffn.flops(num_tokens, round(ffn_rows), visit.index > 0)
 
 
 def balanced_ffn_rows(decoder: Decoder, num_rows: int, sequence_length: int) -> dict[Site, float]:

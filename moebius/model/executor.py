@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from moebius.kernels.depth_select import add_rows, take_rows
-from moebius.model.context import Carry, DepthContext, Ledger, TokenContext
+from moebius.model.context import Carry, DepthContext, Ledger, StepContext, TokenContext
 from moebius.model.decoder import Decoder
 from moebius.model.program import Segment, Visit
-from moebius.model.recursion.router import DepthRouter, Mode
+from moebius.model.recursion.router import DepthRouter
 
 
 class TokenBatch(Protocol):
@@ -64,23 +64,23 @@ class LocalExecutor:
         ledgers, losses = [], []
         for batch in micro_batches:
             ledger = Ledger(share=batch.labels_BS.numel() / num_labels)
-            loss = self.loss_sum(batch, "topk", ledger) / num_labels
+            loss = self.loss_sum(batch, StepContext("topk", ledger)) / num_labels
             loss.backward()
             losses.append(loss.detach())
             ledgers.append(ledger)
         return StepResult(torch.stack(losses).sum(), Ledger.merge(ledgers))
 
-    def loss_sum(self, batch: TokenBatch, mode: Mode, ledger: Ledger) -> Tensor:
+    def loss_sum(self, batch: TokenBatch, step: StepContext) -> Tensor:
         """Cross-entropy summed over the labels of one batch."""
         with self._autocast(batch.tokens_BS.device):
-            return self.decoder.loss_sum(self.hidden(batch, mode, ledger), batch.labels_BS)
+            return self.decoder.loss_sum(self.hidden(batch, step), batch.labels_BS)
 
-    def next_token_logits(self, batch: TokenBatch, mode: Mode, ledger: Ledger) -> Tensor:
+    def next_token_logits(self, batch: TokenBatch, step: StepContext) -> Tensor:
         """Logits after the last token of each row, `[B, V]`."""
         with self._autocast(batch.tokens_BS.device):
-            return self.decoder.logits(self.hidden(batch, mode, ledger)[:, -1])
+            return self.decoder.logits(self.hidden(batch, step)[:, -1])
 
-    def hidden(self, batch: TokenBatch, mode: Mode, ledger: Ledger) -> Tensor:
+    def hidden(self, batch: TokenBatch, step: StepContext) -> Tensor:
         """The normalised final hidden states, `[B, S, D]`."""
         decoder = self.decoder
         x_BSD = decoder.embedding(batch.tokens_BS)
@@ -89,9 +89,9 @@ class LocalExecutor:
         for segment in decoder.program.segments:
             if segment.router is None:
                 for visits in segment.passes:
-                    x_BSD, carry = self._pass(x_BSD, carry, tokens, visits, ledger)
+                    x_BSD, carry = self._pass(x_BSD, carry, tokens, visits, step)
             else:
-                x_BSD, carry = self._recurse(x_BSD, carry, tokens, segment, mode, ledger)
+                x_BSD, carry = self._recurse(x_BSD, carry, tokens, segment, step)
         normed: Tensor = decoder.norm(x_BSD)
         return normed
 
@@ -101,10 +101,10 @@ class LocalExecutor:
         carry: Carry,
         tokens: TokenContext,
         visits: tuple[Visit, ...],
-        ledger: Ledger,
+        step: StepContext,
     ) -> tuple[Tensor, Carry]:
         for visit in visits:
-            context = DepthContext(visit, tokens, ledger)
+            context = DepthContext(visit, tokens, step)
             x_BSD, carry = self.decoder.layers[visit.layer](x_BSD, carry, context)
         return x_BSD, carry
 
@@ -114,19 +114,18 @@ class LocalExecutor:
         carry: Carry,
         tokens: TokenContext,
         segment: Segment,
-        mode: Mode,
-        ledger: Ledger,
+        step: StepContext,
     ) -> tuple[Tensor, Carry]:
         """Repeat the block on ever fewer tokens; the others wait unchanged in `x` and `carry`."""
         num_rows, length = x_BSD.shape[:2]
         routers = cast(Iterable[DepthRouter], self.decoder.depth_routers)
         active_BK = torch.arange(length, device=x_BSD.device).expand(num_rows, -1)
         for router, visits in zip(routers, segment.passes, strict=True):
-            x_BSD, selection = router(x_BSD, active_BK, mode, ledger)
+            x_BSD, selection = router(x_BSD, active_BK, step)
             active_BK = selection.index_BK
             inner_BKD = take_rows(x_BSD, active_BK)
             outer_BKD, inner_carry = self._pass(
-                inner_BKD, carry.take(active_BK), tokens.take(active_BK), visits, ledger
+                inner_BKD, carry.take(active_BK), tokens.take(active_BK), visits, step
             )
             if router.config.gating == "additive":
                 outer_BKD = outer_BKD - inner_BKD

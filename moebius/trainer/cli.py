@@ -1,6 +1,7 @@
 """The command line: subcommands, and errors as one line."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -44,21 +45,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         title = (command.__doc__ or "").strip().partition(": ")[2]
         command.add_arguments(subparsers.add_parser(name, help=title, description=title))
     arguments = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode still shows the rest
     try:
         return COMMANDS[arguments.command].run(arguments, Console())
     except MoebiusError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if error.filename is None:
+        where = f"'{error.filename}': " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        # torch reports a lack of memory as RuntimeError (CPU) or its subclass (CUDA).
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        print(f"error: '{error.filename}': {error.strerror}", file=sys.stderr)
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+        print(f"error: {reason} - lower train.micro_batch_size or the model", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-
-
-def console() -> None:
-    """Entry point of the `moebius` script."""
-    sys.exit(main())

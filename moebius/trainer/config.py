@@ -7,8 +7,11 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from moebius.config import ConfigNode, Problem
 from moebius.data.config import DATA_RULES, DataConfig
-from moebius.model.config import MODEL_RULES, ModelConfig
+from moebius.model.config import MODEL_RULES, ModelConfig, MoEConfig
 from moebius.trainer.optim import OptimConfig
+from moebius.trainer.schedules import WSDSchedule
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 class TrainConfig(ConfigNode):
@@ -22,7 +25,7 @@ class TrainConfig(ConfigNode):
     """sequences per forward pass; gradients are accumulated over the rest; null: all at once"""
     seed: NonNegativeInt = 0
     """of initial weights and sample order"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto: cuda where there is one"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products under autocast; parameters, routers and losses stay in fp32"""
@@ -67,14 +70,24 @@ class RunConfig(ConfigNode):
     log: LogConfig = LogConfig()
 
 
-NOT_PART_OF_THE_RUN = ("run_dir", "evaluation", "checkpoint", "log")
-"""settings that may change when a run is continued: they do not touch the weights"""
-
-
 def identity(config: RunConfig) -> dict[str, Any]:
-    """Dotted path -> value of every setting that shapes the weights."""
-    tree = config.model_dump(mode="json", exclude=set(NOT_PART_OF_THE_RUN))
-    return dict(_leaves(tree, ()))
+    """Dotted path -> value of every setting that must stay the same when a run is continued.
+
+    Left out is what reports or places the run. The corpus is compared by its content instead.
+    """
+    train = {"device", "micro_batch_size"}
+    ffn = config.model.ffn
+    if isinstance(ffn, MoEConfig) and ffn.balance and ffn.balance.scope == "micro_batch":
+        train = {"device"}
+    excluded: dict[str, Any] = {
+        "run_dir": True,
+        "evaluation": True,
+        "checkpoint": True,
+        "log": True,
+        "train": train,
+        "data": {"dir", "source", "tokenizer", "validation_fraction"},
+    }
+    return dict(_leaves(config.model_dump(mode="json", exclude=excluded), ()))
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -103,6 +116,15 @@ def schedule_rules(config: RunConfig) -> Iterator[Problem]:
             "optim.schedule.warmup_steps",
             f"{warmup} of train.num_steps = {config.train.num_steps}; allowed: less",
         )
+    schedule = config.optim.schedule
+    if isinstance(schedule, WSDSchedule):
+        stable = (1 - schedule.decay_fraction) * config.train.num_steps
+        if stable < warmup < config.train.num_steps:
+            yield Problem(
+                "optim.schedule.decay_fraction",
+                f"{schedule.decay_fraction} begins the decay at step {stable:.0f}, "
+                f"before warmup_steps = {warmup} are over",
+            )
 
 
 def vocabulary_rules(config: RunConfig) -> Iterator[Problem]:

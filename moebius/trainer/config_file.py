@@ -18,9 +18,13 @@ KeyPath = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `3e-4` is a number, as everywhere else (YAML 1.1 wants `3.0e-4`)."""
+    """Safe YAML in which `3e-4` is a number (YAML 1.1 wants `3.0e-4`) and a date is text."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -35,7 +39,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path, what is wrong, what was given and the nearest valid name.
     """
     tree, places = _read(Path(path), seen=())
-    for override in overrides:
+    # What chooses a kind goes first: it may replace the options of another one.
+    for override in sorted(overrides, key=lambda text: ".kind=" not in text):
         _override(tree, places, override)
     try:
         config = RunConfig.model_validate(tree)
@@ -67,6 +72,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyP
         mark = error.problem_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise ConfigError(f"{place}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = (str(error).splitlines() or ["too deeply nested"])[0]
+        raise ConfigError(f"{path}: not valid YAML: {reason}") from None
     if node is None:
         return {}, {}
     if not isinstance(tree, dict):
@@ -103,15 +111,16 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        if (
-            isinstance(old, dict)
-            and isinstance(value, dict)
-            and value.get("kind", old.get("kind")) == old.get("kind")
-        ):
+        if isinstance(old, dict) and isinstance(value, Mapping) and not _another_kind(old, value):
             merged[key] = _merge(old, value)
         else:
             merged[key] = value
     return merged
+
+
+def _another_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether both name a kind, and not the same one; a kind left to its default is any."""
+    return "kind" in old and "kind" in new and old["kind"] != new["kind"]
 
 
 def _override(tree: dict[str, Any], places: dict[KeyPath, str], override: str) -> None:
@@ -121,9 +130,9 @@ def _override(tree: dict[str, Any], places: dict[KeyPath, str], override: str) -
         raise ConfigError(f"command line: '{override}' is not of the form path.to.option=value")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"command line: {name}: '{text}' is not a YAML value") from None
-    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"command line: {name}: '{text[:80]}' is not a YAML value") from None
+    path: KeyPath = tuple(int(part) if _is_index(part) else part for part in name.split("."))
     change: Any = value
     for depth, part in reversed(list(enumerate(path))):
         if isinstance(part, int):
@@ -149,6 +158,10 @@ def _keys(value: Any, prefix: KeyPath) -> Iterator[KeyPath]:
             yield from _keys(child, (*prefix, key))
 
 
+def _is_index(part: str) -> bool:
+    return part.isascii() and part.isdecimal() and len(part) < 6
+
+
 def _at(tree: Any, path: KeyPath) -> Any:
     for part in path:
         if isinstance(tree, dict):
@@ -171,7 +184,7 @@ def _with_item(old: Any, number: int, value: Any, override: str) -> list[Any]:
 
 def _place(path: KeyPath, places: Mapping[KeyPath, str], fallback: str) -> str:
     """Where a key, or the nearest enclosing one that was written down, stands."""
-    path = tuple(int(part) if isinstance(part, str) and part.isdigit() else part for part in path)
+    path = tuple(int(part) if isinstance(part, str) and _is_index(part) else part for part in path)
     for end in range(len(path), 0, -1):
         if path[:end] in places:
             return places[path[:end]]

@@ -4,36 +4,36 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from moebius.data.batch import Batch
-from moebius.model.context import Ledger
+from moebius.model.context import Ledger, Mode, StepContext
 from moebius.model.executor import LocalExecutor
-from moebius.model.recursion.router import Mode
 
 
 @torch.no_grad()
 def evaluate(
-    executor: LocalExecutor, batches: Iterable[Batch], bytes_per_token: float, device: torch.device
+    executor: LocalExecutor, batches: Iterable[Batch], token_bytes_V: Tensor, device: torch.device
 ) -> dict[str, float]:
-    """Mean cross-entropy in nats per token, and in bits per byte of text.
+    """Mean cross-entropy in nats per token, and in bits per byte of the text that was predicted.
 
     A model that routes over depth is evaluated twice: `eval/loss` selects causally (threshold), as
     generation does; `eval/topk_loss` selects as in training, looking ahead, as published results
-    do. `bytes_per_token` is that of the whole split.
+    do. `token_bytes` is the length of each id's text, see `data.tokenizer.token_bytes`.
     """
     modes: dict[str, Mode] = {"": "threshold"}
     if len(executor.decoder.depth_routers):
         modes["topk_"] = "topk"
     sums = dict.fromkeys(modes, 0.0)
-    num_tokens = 0
+    num_tokens = num_bytes = 0
     for batch in batches:
         on_device = batch.to(device)
         num_tokens += batch.num_tokens
+        num_bytes += int(token_bytes_V[batch.labels_BS].sum())
         for prefix, mode in modes.items():
-            sums[prefix] += float(executor.loss_sum(on_device, mode, Ledger()))
+            sums[prefix] += float(executor.loss_sum(on_device, StepContext(mode, Ledger())))
     metrics = {}
     for prefix, total in sums.items():
-        loss = total / num_tokens
-        metrics[f"eval/{prefix}loss"] = loss
-        metrics[f"eval/{prefix}bits_per_byte"] = loss / math.log(2) / bytes_per_token
+        metrics[f"eval/{prefix}loss"] = total / num_tokens
+        metrics[f"eval/{prefix}bits_per_byte"] = total / math.log(2) / num_bytes
     return metrics

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moebius.data.batch import make_batch
-from moebius.model.context import Ledger
+from moebius.model.context import Ledger, StepContext
 from moebius.model.executor import LocalExecutor
 
 
@@ -33,7 +33,7 @@ def generate_ids(
     for _ in range(max_new_tokens):
         window = np.asarray([[*ids[-context_length:], eod_id]], dtype=np.int64)
         batch = make_batch(window, eod_id).to(device)
-        logits_BV = executor.next_token_logits(batch, "threshold", Ledger())
+        logits_BV = executor.next_token_logits(batch, StepContext("threshold", Ledger()))
         token = sample(logits_BV[0].float().cpu(), temperature, top_k, generator)
         if token == eod_id:
             break
@@ -43,7 +43,7 @@ def generate_ids(
 
 
 def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One id from the `top_k` most probable ones."""
+    """One id from the `top_k` >= 1 most probable ones; `temperature` >= 0."""
     if temperature == 0:
         return int(logits_V.argmax())
     values, ids = logits_V.topk(min(top_k, logits_V.numel()))

@@ -11,6 +11,7 @@ from moebius.model.parameters import Role, named_specs
 from moebius.trainer.schedules import CosineSchedule, Schedule
 
 RoleName = Literal["embed", "head", "matrix", "expert", "router", "norm_in", "bias"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 UNDECAYED = (Role.NORM_IN, Role.BIAS)
 
 
@@ -28,7 +29,7 @@ class OptimConfig(ConfigNode):
 
     lr: float = Field(3e-4, gt=0)
     """peak learning rate"""
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
     """decay of the first and second moment"""
     eps: float = Field(1e-8, gt=0)
     """added to the root of the second moment"""

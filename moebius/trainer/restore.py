@@ -5,15 +5,16 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from moebius.data.manifest import Manifest, read_manifest
-from moebius.data.tokenizer import load_tokenizer
-from moebius.errors import CheckpointError
+from moebius.data.tokenizer import load_tokenizer, token_bytes
+from moebius.errors import CheckpointError, DataError
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor
 from moebius.trainer.checkpoint.store import CheckpointStore
 from moebius.trainer.checkpoint.tensors import load_model
-from moebius.trainer.config import RunConfig
+from moebius.trainer.config import Device, RunConfig
 from moebius.trainer.config_file import load_config
 from moebius.trainer.run import AUTOCAST, CONFIG_NAME, select_device
 
@@ -26,15 +27,16 @@ class TrainedModel:
     executor: LocalExecutor
     manifest: Manifest
     tokenizer: Tokenizer
+    token_bytes_V: Tensor
     device: torch.device
     step: int
 
 
-def restore(folder: Path, step: int | None = None) -> TrainedModel:
-    """The model of a run folder at a step, by default the newest.
+def restore(folder: Path, step: int | None, device_name: Device) -> TrainedModel:
+    """The model of a run folder at a step, by default the newest, on a device.
 
     Raises CheckpointError where the folder holds no run or no checkpoint, DataError where its
-    corpus (which holds the tokenizer) is gone.
+    corpus (which holds the tokenizer) is gone or has changed.
     """
     config_path = folder / CONFIG_NAME
     if not config_path.is_file():
@@ -47,9 +49,12 @@ def restore(folder: Path, step: int | None = None) -> TrainedModel:
     record, tensors = store.load(checkpoint)
     data = Path(config.data.dir)
     manifest = read_manifest(data)
+    if manifest.fingerprint != record.corpus:
+        raise DataError(f"data.dir: '{data}' is not the corpus that '{folder}' was trained on")
     decoder = Decoder(config.model)
     load_model(decoder, tensors["model"])
-    device = select_device(config)
+    device = select_device(device_name)
     executor = LocalExecutor(decoder.to(device), AUTOCAST[config.train.precision])
     tokenizer = load_tokenizer(data / "tokenizer.json")
-    return TrainedModel(config, executor, manifest, tokenizer, device, record.step)
+    lengths_V = torch.from_numpy(token_bytes(tokenizer))
+    return TrainedModel(config, executor, manifest, tokenizer, lengths_V, device, record.step)

@@ -11,6 +11,7 @@ import yaml
 
 from moebius.data.manifest import Manifest
 from moebius.data.stream import SplitReader, TrainStream
+from moebius.data.tokenizer import load_tokenizer, token_bytes
 from moebius.errors import CheckpointError, DataError, LayoutError
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor
@@ -24,19 +25,23 @@ from moebius.trainer.checkpoint.tensors import (
     model_tensors,
     optimizer_tensors,
 )
-from moebius.trainer.config import RunConfig, identity
+from moebius.trainer.config import Device, RunConfig, identity
+from moebius.trainer.config_file import load_config
 from moebius.trainer.optim import build_optimizer
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 CONFIG_NAME = "config.yaml"
 
 
-def select_device(config: RunConfig) -> torch.device:
-    """The device of a run. Raises LayoutError where the asked one is not there."""
+def select_device(name: Device) -> torch.device:
+    """The device of that name, auto being cuda where there is one.
+
+    Raises LayoutError where the asked one is not there.
+    """
     available = torch.cuda.is_available()
-    if config.train.device == "cuda" and not available:
-        raise LayoutError("train.device: cuda, but torch sees no CUDA device", "use auto or cpu")
-    return torch.device("cuda" if available and config.train.device != "cpu" else "cpu")
+    if name == "cuda" and not available:
+        raise LayoutError("device: cuda, but torch sees no CUDA device", "use auto or cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 class Run:
@@ -51,14 +56,16 @@ class Run:
         check_vocabulary(config, manifest)
         self.config = config
         self.folder = Path(config.run_dir)
-        self.device = select_device(config)
+        self.device = select_device(config.train.device)
         self.decoder = Decoder(config.model)
         initialize(self.decoder, config.train.seed)
         self.decoder.to(self.device)
         self.executor = LocalExecutor(self.decoder, AUTOCAST[config.train.precision])
         self.optimizer = build_optimizer(self.decoder, config.optim)
         data, length = Path(config.data.dir), config.data.sequence_length
+        self.corpus = manifest.fingerprint
         self.validation = SplitReader(data, manifest, "validation", length)
+        self.token_bytes_V = torch.from_numpy(token_bytes(load_tokenizer(data / "tokenizer.json")))
         self.stream = TrainStream(
             SplitReader(data, manifest, "train", length),
             config.train.batch_size,
@@ -79,9 +86,11 @@ class Run:
         record = CommitRecord(
             step=self.step,
             position=self.stream.position,
+            corpus=self.corpus,
             config=self.config.model_dump(mode="json"),
             program=[f"{visit.layer}@{visit.depth}" for visit in self.decoder.program.visits],
             callbacks={c.name: state for c in self.callbacks if (state := c.state_dict())},
+            files={},
         )
         tensors = {
             "model": model_tensors(self.decoder),
@@ -95,6 +104,16 @@ class Run:
         if folder is None:
             return
         record, tensors = self.store.load(folder)
+        try:
+            found = RunConfig.model_validate(record.config)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint '{folder}': its config is damaged") from error
+        check_same_run(self.config, found, folder)
+        if record.corpus != self.corpus:
+            raise CheckpointError(
+                f"checkpoint '{folder}' was not trained on the corpus '{self.config.data.dir}'",
+                "name the data.dir it was trained on, or another run_dir",
+            )
         load_model(self.decoder, tensors["model"])
         load_optimizer(self.decoder, self.optimizer, tensors["optimizer"])
         self.step = record.step
@@ -117,30 +136,34 @@ def check_vocabulary(config: RunConfig, manifest: Manifest) -> None:
 def check_folder(config: RunConfig) -> None:
     """Raise CheckpointError, naming the differing fields, where the folder holds another run."""
     path = Path(config.run_dir) / CONFIG_NAME
-    if not path.exists():
-        return
-    try:
-        found = identity(RunConfig.model_validate(yaml.safe_load(path.read_text())))
-    except (ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"run_dir: cannot read '{path}': {reason}") from None
-    wanted = identity(config)
+    if path.exists():
+        check_same_run(config, load_config(path), Path(config.run_dir))
+
+
+def check_same_run(config: RunConfig, found: RunConfig, where: Path) -> None:
+    """Raise CheckpointError where `found`, read at `where`, is the config of another run."""
+    wanted, there = identity(config), identity(found)
     changes = [
-        f"{name}: {found.get(name)} -> {wanted.get(name)}"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
+        f"{name}: {there.get(name)} -> {wanted.get(name)}"
+        for name in sorted(there.keys() | wanted.keys())
+        if there.get(name) != wanted.get(name)
     ]
     if changes:
         raise CheckpointError(
-            f"run_dir: '{config.run_dir}' belongs to another config ({'; '.join(changes)})",
+            f"run_dir: '{where}' belongs to another config ({'; '.join(changes)})",
             "choose another run_dir or delete the folder",
         )
 
 
 def claim_folder(config: RunConfig) -> None:
-    """Write the resolved config into the run folder, whose owner it is from now on."""
+    """Write the resolved config into the run folder, whose owner it is from now on.
+
+    The corpus is named by its absolute path, so that commands find it from any working directory.
+    """
     path = Path(config.run_dir) / CONFIG_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
+    tree = config.model_dump(mode="json")
+    tree["data"]["dir"] = os.path.abspath(config.data.dir)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    temporary.write_text(yaml.safe_dump(tree, sort_keys=False))
     os.replace(temporary, path)

@@ -9,7 +9,7 @@ from moebius.config import ConfigNode
 
 
 class CosineSchedule(ConfigNode):
-    """Linear warm-up, then half a cosine down to `min_ratio` at the last step."""
+    """Linear warm-up, then half a cosine that reaches `min_ratio` after the last step."""
 
     kind: Literal["cosine"] = "cosine"
     warmup_steps: NonNegativeInt = 0

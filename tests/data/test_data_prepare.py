@@ -1,7 +1,9 @@
 """Preparation: complete, split by document, repeatable, and never silently of another recipe."""
 
 import json
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +95,48 @@ def test_an_interrupted_preparation_is_done_again(
     assert again == manifest
 
 
-def test_a_damaged_manifest_is_named(tmp_path: Path, data_config: DataConfig) -> None:
-    (tmp_path / "manifest.json").write_text('{"format": 1')
-    with pytest.raises(DataError, match=r"cannot read '.*manifest\.json'"):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "cannot read"),
+        (lambda data: data[:50] + bytes([data[50] ^ 0x80]) + data[51:], "cannot read"),
+        (lambda data: data.replace(b'"validation": {', b'"test": {'), "train and validation"),
+        (lambda data: data.replace(b'"eod_id":', b'"eod":'), "tokenizer.eod_id: Field required"),
+    ],
+)
+def test_a_damaged_manifest_is_named(
+    data_config: DataConfig,
+    manifest: Manifest,
+    tmp_path: Path,
+    damage: Callable[[bytes], bytes],
+    message: str,
+) -> None:
+    folder = Path(shutil.copytree(data_config.dir, tmp_path / "copy"))
+    path = folder / "manifest.json"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError) as caught:
+        read_manifest(folder)
+    assert f"'{path}'" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_another_tokenizer_beside_the_shards_is_noticed(
+    data_config: DataConfig, manifest: Manifest, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(data_config.dir, tmp_path / "copy"))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="not the one the shards were made with"):
+        read_manifest(folder)
+    with pytest.raises(DataError, match="there is no prepared corpus"):
+        read_manifest(tmp_path / "nowhere")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, data_config: DataConfig) -> None:
+    """A real one: writing to the folder fails with ENOSPC after the tokenizer."""
+    (tmp_path / "train-00000.bin").symlink_to("/dev/full")
+    with pytest.raises(DataError, match=r"cannot write to .*No space left on device"):
         prepare(data_config.model_copy(update={"dir": str(tmp_path)}), VOCAB_SIZE, silent)
+    assert not (tmp_path / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(

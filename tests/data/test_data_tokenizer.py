@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from moebius.data.config import TokenizerConfig
-from moebius.data.tokenizer import eod_id, load_tokenizer, train_tokenizer
+from moebius.data.tokenizer import (
+    count_ids,
+    eod_id,
+    load_tokenizer,
+    token_bytes,
+    train_tokenizer,
+)
 from moebius.errors import DataError
 
 EOD = "<|endoftext|>"
@@ -54,3 +60,24 @@ def test_an_unknown_end_of_document_token_is_named(path: Path) -> None:
     config = TokenizerConfig(path=str(path), eod_token="</s>")
     with pytest.raises(DataError, match=r"data\.tokenizer\.eod_token: '</s>' is not in"):
         eod_id(load_tokenizer(path), config)
+
+
+def test_a_tokenizer_that_cuts_or_pads_loses_nothing_here(path: Path) -> None:
+    tokenizer = load_tokenizer(path)
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(path))
+    again = load_tokenizer(path)
+    (encoding,) = again.encode_batch_fast([TEXT], add_special_tokens=False)
+    assert again.decode(encoding.ids, skip_special_tokens=False) == TEXT
+
+
+def test_bytes_of_tokens_are_the_bytes_of_the_text(path: Path) -> None:
+    """Also where characters of several bytes are split; the end of a document is no text."""
+    tokenizer = load_tokenizer(path)
+    lengths = token_bytes(tokenizer)
+    assert len(lengths) == count_ids(tokenizer) == 400
+    for text in (TEXT, "naïve ☕ 日本語"):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert lengths[ids].sum() == len(text.encode())
+    assert lengths[eod_id(tokenizer, TokenizerConfig())] == 0

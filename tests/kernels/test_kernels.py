@@ -37,6 +37,20 @@ def test_grouped_swiglu_equals_a_loop_over_experts(counts: list[int]) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("hidden", "width"), [(30, 24), (16, 10), (7, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_swiglu_takes_any_width(hidden: int, width: int, dtype: torch.dtype) -> None:
+    """`grouped_mm` wants rows of 16 bytes; other shapes must work too."""
+    torch.manual_seed(0)
+    rows, weights = torch.randn(6, hidden, dtype=dtype), torch.rand(6, dtype=dtype)
+    gate_up = torch.randn(2, 2 * width, hidden, dtype=dtype, requires_grad=True)
+    down = torch.randn(2, hidden, width, dtype=dtype)
+    ends = torch.tensor([2, 6], dtype=torch.int32)
+    got = grouped_swiglu(rows, weights, gate_up, down, ends)
+    got.sum().backward()
+    torch.testing.assert_close(got, grouped_swiglu_reference(rows, weights, gate_up, down, ends))
+
+
 def test_grouped_swiglu_follows_autocast() -> None:
     """`grouped_mm` does not cast by itself: under autocast the result must be bf16, and close."""
     torch.manual_seed(0)

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from moebius.model.config import ModelConfig
-from moebius.model.context import Ledger
+from moebius.model.context import Ledger, Mode, StepContext
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor, TokenBatch
 from moebius.model.parameters import initialize
-from moebius.model.recursion.router import Mode
 from tests.conftest import model_tree
 
 
@@ -49,7 +48,7 @@ def rows_of(batch: TokenBatch, start: int, end: int) -> TokenBatch:
 
 def hidden(executor: LocalExecutor, batch: TokenBatch, mode: Mode = "topk") -> Tensor:
     """Final hidden states, statistics discarded."""
-    return executor.hidden(batch, mode, Ledger())
+    return executor.hidden(batch, StepContext(mode, Ledger()))
 
 
 def scale_parameters(executor: LocalExecutor, name_part: str, factor: float) -> None:

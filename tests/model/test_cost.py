@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moebius.model.context import Ledger
+from moebius.model.context import Ledger, StepContext
 from moebius.model.cost import balanced_ffn_rows, forward_flops, training_flops, visit_costs
 from moebius.model.executor import LocalExecutor
 from moebius.trainer.metrics import ffn_rows
@@ -26,6 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
         "depth": {"num_layers": 6, "sharing": "middle_cycle", "num_recursions": 2},
     },
     "moe and routed recursion": {},
+    "moe and cycle": {"depth": {"num_layers": 4, "sharing": "cycle", "num_recursions": 2}},
+    "moe and sequence": {"depth": {"num_layers": 4, "sharing": "sequence", "num_recursions": 2}},
     "untied": {"depth": {"num_layers": 2}, "tie_embeddings": False},
 }
 ROWS, LENGTH = 3, 20
@@ -36,7 +38,7 @@ def counted_flops(executor: LocalExecutor, backward: bool) -> tuple[int, Ledger]
     batch = random_batch(ROWS, LENGTH)
     ledger = Ledger()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        loss = executor.loss_sum(batch, "topk", ledger)
+        loss = executor.loss_sum(batch, StepContext("topk", ledger))
         if backward:
             loss.backward()
     return counter.get_total_flops(), ledger
@@ -59,8 +61,12 @@ def test_training_costs_three_forward_passes() -> None:
     assert training_flops(executor.decoder, ROWS, LENGTH) == pytest.approx(counted, rel=0.01)
 
 
-def test_nominal_cost_sends_every_assignment_to_an_ffn_expert() -> None:
+def test_nominal_cost_sends_as_many_assignments_as_possible_to_ffn_experts() -> None:
     executor = build(torch.float64, **CASES["moe"])
+    one = MOE | {"experts": [MOE["experts"][0] | {"count": 1}, *MOE["experts"][1:]]}
+    single = build(ffn=one, depth={"num_layers": 2}).decoder
+    possible = {cost.visit.site: float(ROWS * LENGTH) for cost in visit_costs(single, 1, 1)}
+    assert forward_flops(single, ROWS, LENGTH) == forward_flops(single, ROWS, LENGTH, possible)
     rows = {cost.visit.site: ROWS * LENGTH * 2.0 for cost in visit_costs(executor.decoder, 1, 1)}
     nominal = forward_flops(executor.decoder, ROWS, LENGTH)
     assert nominal == forward_flops(executor.decoder, ROWS, LENGTH, rows)

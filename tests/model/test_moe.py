@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.model.config import MoEConfig, SelectorConfig, WeightPolicyConfig
-from moebius.model.context import Carry, DepthContext, Ledger, TokenContext
+from moebius.model.context import Carry, DepthContext, Ledger, StepContext, TokenContext
 from moebius.model.moe.balance import balance_weights, paper_coefficient, switch_loss
 from moebius.model.moe.layer import MoE
 from moebius.model.moe.routing import assignment_weights, select_experts
@@ -34,7 +34,9 @@ def run_layer(layer: MoE, x_BSD: Tensor, carry: Carry, valid_BS: Tensor | None =
     dummy = torch.zeros(rows, length, 8)
     tokens = TokenContext(torch.zeros(rows, length, dtype=torch.int64), dummy, dummy, valid_BS)
     ledger = Ledger()
-    y_BSD, carry = layer(x_BSD, carry, DepthContext(Visit("1", 1, 1), tokens, ledger))
+    y_BSD, carry = layer(
+        x_BSD, carry, DepthContext(Visit("1", 1, 1), tokens, StepContext("topk", ledger))
+    )
     return y_BSD, carry, ledger
 
 

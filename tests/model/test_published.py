@@ -3,9 +3,8 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from moebius.model.context import Ledger
 from moebius.model.executor import LocalExecutor
-from tests.model.helpers import build, random_batch
+from tests.model.helpers import build, hidden, random_batch
 
 SHAPE = {
     "vocab_size": 512,
@@ -65,7 +64,7 @@ def logits_agree(ours: LocalExecutor, theirs: torch.nn.Module) -> None:
                 continue
             parameter.copy_(state[published_name(name)])
         batch = random_batch(2, 40)
-        got = ours.decoder.logits(ours.hidden(batch, "topk", Ledger()))
+        got = ours.decoder.logits(hidden(ours, batch))
         expected = theirs(batch.tokens_BS).logits
     assert float(expected.std()) > 0.1, "the comparison must be of more than noise"
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)

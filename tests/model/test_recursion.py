@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebius.model.context import Carry, DepthContext, Ledger, TokenContext
+from moebius.model.context import Carry, DepthContext, Ledger, Mode, StepContext, TokenContext
 from moebius.model.executor import LocalExecutor, TokenBatch
 from moebius.model.program import Visit
-from moebius.model.recursion.router import Mode
 from tests.model.helpers import batch_of, build, hidden, random_batch, scale_parameters
 
 DENSE = {"kind": "dense", "intermediate_size": 48}
@@ -65,7 +64,7 @@ def reference(executor: LocalExecutor, batch: TokenBatch, mode: Mode) -> Tensor:
                 sin_BSC[b : b + 1, where],
             )
             for name in names:
-                context = DepthContext(Visit(name, 1, 0), tokens, Ledger())
+                context = DepthContext(Visit(name, 1, 0), tokens, StepContext(mode, Ledger()))
                 block_input, carry = decoder.layers[name](block_input, carry, context)
             if carry.router_scores_BSN is not None:
                 for slot, t in enumerate(where):
@@ -114,7 +113,7 @@ def test_executor_equals_the_per_token_reference(mode: Mode, gating: str, ffn: s
     batch = random_batch(3, 12)
     with torch.no_grad():
         ledger = Ledger()
-        got = executor.hidden(batch, mode, ledger)
+        got = executor.hidden(batch, StepContext(mode, ledger))
         torch.testing.assert_close(got, reference(executor, batch, mode), rtol=0, atol=1e-6)
     selected = [
         int(sums["selected"])
@@ -257,7 +256,7 @@ def test_threshold_mode_survives_a_depth_that_nobody_enters() -> None:
                 parameter.zero_()
     batch = random_batch(2, 8)
     ledger = Ledger()
-    got = executor.hidden(batch, "threshold", ledger)
+    got = executor.hidden(batch, StepContext("threshold", ledger))
     assert bool(got.isfinite().all())
     selected = [int(s["selected"]) for s in ledger.statistics.values() if "selected" in s]
     assert selected == [0, 0, 0]
@@ -301,7 +300,7 @@ def test_auxiliary_loss_is_the_cross_entropy_over_the_candidates() -> None:
         for router in executor.decoder.depth_routers
     ]
     ledger = Ledger(share=0.25)
-    executor.hidden(random_batch(2, 9), "topk", ledger)
+    executor.hidden(random_batch(2, 9), StepContext("topk", ledger))
     for hook in hooks:
         hook.remove()
     total = 0.0

@@ -33,7 +33,10 @@ def test_make_quickstart(tmp_path: Path) -> None:
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("eval/loss")] == sorted(losses)
 
-    generated = result.stdout.rpartition("def ")[2]
+    # make echoes its second command; what follows is the text.
+    _, echoed, generated = result.stdout.partition('--prompt "def "\n')
+    assert echoed
+    assert generated.startswith("def ")
     assert len(re.findall(r"\w+", generated)) > 5
 
     again = subprocess.run(["make", "quickstart"], cwd=clone, capture_output=True, text=True)

@@ -1,6 +1,9 @@
 """Checkpoints: whole or not there, verified, and damage is named."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,15 @@ from tests.model.helpers import build, random_batch
 
 
 def record(step: int) -> CommitRecord:
-    return CommitRecord(step=step, position=4 * step, config={}, program=["0@1"], callbacks={})
+    return CommitRecord(
+        step=step,
+        position=4 * step,
+        corpus="hash",
+        config={},
+        program=["0@1"],
+        callbacks={},
+        files={},
+    )
 
 
 def saved(tmp_path: Path, step: int = 3) -> tuple[CheckpointStore, Path]:
@@ -68,10 +79,10 @@ def test_a_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
         store.load(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"format": 2}'])
-def test_a_damaged_record_is_no_checkpoint(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("data", [b"", b"{", b'{"format": 2}', b"\xff"])
+def test_a_damaged_record_is_no_checkpoint(tmp_path: Path, data: bytes) -> None:
     store, folder = saved(tmp_path)
-    (folder / RECORD_NAME).write_text(text)
+    (folder / RECORD_NAME).write_bytes(data)
     with pytest.raises(CheckpointError, match=r"no valid commit\.json"):
         store.load(folder)
 
@@ -96,6 +107,47 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         store.find(1)
 
 
+def test_other_names_beside_the_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    """A copy made by hand is neither the newest checkpoint nor old enough to be deleted."""
+    store, folder = saved(tmp_path, step=3)
+    backup = store.root / "step-00000009-backup"
+    shutil.copytree(folder, backup)
+    assert store.find() == folder
+    for step in (4, 5, 6):
+        saved(tmp_path, step=step)
+    assert backup.is_dir()
+    assert not folder.exists()
+
+
+def test_a_record_without_files_is_no_checkpoint(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    folder = store.save(record(1), {})
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
+        store.load(folder)
+
+
+def test_a_failed_write_is_named_and_leaves_no_checkpoint(tmp_path: Path) -> None:
+    """A real limit on the size of files, in a process of its own."""
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from pathlib import Path\n"
+        "from moebius.trainer.checkpoint.store import CheckpointStore\n"
+        "from tests.trainer.test_checkpoint import record\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "store = CheckpointStore(Path(sys.argv[1]), keep=1)\n"
+        "try: store.save(record(1), {'model': {'a': torch.zeros(10_000)}})\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+        "print(store.find())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    first, second = result.stdout.splitlines()
+    assert first.startswith("CheckpointError checkpoint: cannot write '")
+    assert second == "None"
+
+
 def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path / "none", keep=1).find() is None
 
@@ -112,6 +164,9 @@ def test_model_and_optimizer_state_survive(tmp_path: Path) -> None:
     load_optimizer(other.decoder, other_optimizer, state)
     for name, tensor in model_tensors(executor.decoder).items():
         assert torch.equal(model_tensors(other.decoder)[name], tensor)
+    lacking = {name: value for name, value in state.items() if name != "norm.weight/exp_avg"}
+    with pytest.raises(CheckpointError, match=r"norm\.weight/exp_avg is not in the checkpoint"):
+        load_optimizer(other.decoder, other_optimizer, lacking)
     again = optimizer_tensors(other.decoder, other_optimizer)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], state[name]) for name in state)
@@ -123,6 +178,9 @@ def test_a_checkpoint_of_another_model_is_refused() -> None:
         load_model(large, model_tensors(small))
     with pytest.raises(CheckpointError, match=r"layers\.2\..* is not in the model"):
         load_model(small, model_tensors(large))
+    small.register_buffer("bias", torch.ones(2))
+    assert "bias" in model_tensors(small), "persistent buffers are part of a model"
+    small = build(depth={"num_layers": 2}).decoder
     wide = build(hidden_size=64, depth={"num_layers": 2}).decoder
     with pytest.raises(CheckpointError, match=r"the model's is"):
         load_model(wide, model_tensors(small))

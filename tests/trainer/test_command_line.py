@@ -16,7 +16,10 @@ import pytest
 
 from moebius.data.config import DataConfig
 from moebius.data.manifest import Manifest
+from moebius.model.cost import forward_flops, visit_costs
+from moebius.model.decoder import Decoder
 from moebius.trainer.config import RunConfig
+from moebius.trainer.config_file import load_config
 from tests.trainer.helpers import error_line, logged, moebius, train_run, write_config
 
 
@@ -90,6 +93,34 @@ def test_generate_is_reproducible_and_continues_the_prompt(trained: Path) -> Non
     assert first.stdout == second.stdout != other.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "--num-batches", "0"],
+        ["evaluate", "--step", "x"],
+        ["generate", "--top-k", "0"],
+        ["generate", "--temperature", "-1"],
+        ["generate", "--temperature", "nan"],
+        ["generate", "--seed", "99999999999999999999"],
+        ["generate", "--max-new-tokens", "0"],
+    ],
+)
+def test_arguments_outside_their_range_are_named(arguments: list[str]) -> None:
+    name, option, value = arguments
+    result = moebius(name, "runs/none", option, value)
+    assert result.returncode == 2
+    assert f"argument {option}: '{value}' is not a" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_commands_work_from_another_directory_and_on_a_plain_terminal(trained: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = moebius("generate", trained / "run", "--prompt", "é", cwd="/", env=environment)
+    assert result.returncode == 0, result.stderr
+    missing = moebius("evaluate", trained / "run", "--step", "3")
+    assert "no checkpoint of step 3" in error_line(missing)
+
+
 def test_describe_prints_the_program_with_its_totals(config_path: Path) -> None:
     result = moebius("describe", config_path)
     assert result.returncode == 0, result.stderr
@@ -103,7 +134,13 @@ def test_describe_prints_the_program_with_its_totals(config_path: Path) -> None:
         ["2", "2", "0.500", "16"],
         ["3", "1", "1.000", "32"],
     ]
+    assert {row[5] for row in cells} == {"2 of 4+4"}
     assert [row[6] for row in cells].count("shared") == 2
+    decoder = Decoder(load_config(config_path).model)
+    costs = visit_costs(decoder, 1, 32)
+    flops = [f"{cost.flops / cost.length / 1e6:,.2f}" for cost in costs]
+    assert [row[7] for row in cells] == flops
+    assert f"forward FLOPs per token: {forward_flops(decoder, 1, 32) / 32:,.0f}," in result.stdout
     layers = sum(int(row[6].replace(",", "")) for row in cells if row[6] != "shared")
     total = int(re.search(r"parameters: ([\d,]+)", result.stdout)[1].replace(",", ""))  # type: ignore[index]
     outside_layers = 512 * 32 + 32 + 2 * 32  # embedding, final norm, depth routers
@@ -237,6 +274,12 @@ def test_no_run_folder(tmp_path: Path) -> None:
     assert f"'{tmp_path}' is no run folder" in error_line(result)
 
 
+def test_a_model_larger_than_memory(config_path: Path) -> None:
+    result = moebius("train", config_path, "model.hidden_size=4000000000")
+    assert result.returncode == 1
+    assert "memory" in error_line(result)
+
+
 def test_unwritable_run_folder(config_path: Path) -> None:
     result = moebius("train", config_path, "run_dir=/proc/moebius")
     assert result.returncode == 1
@@ -255,7 +298,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(config_path: Path) -> None:
 def test_a_device_that_is_not_there(config_path: Path) -> None:
     result = moebius("train", config_path, "train.device=cuda")
     assert result.returncode == 5
-    assert "train.device: cuda, but torch sees no CUDA device" in error_line(result)
+    assert "device: cuda, but torch sees no CUDA device" in error_line(result)
 
 
 def test_ctrl_c_saves_exits_130_and_resumes(

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from moebius.errors import ConfigError
@@ -91,6 +93,8 @@ def test_missing_option_is_named(tmp_path: Path) -> None:
         ("base: [a, b]\n", "base: must be the name of one file"),
         ("base: missing.yaml\n", "missing.yaml: cannot read the config file"),
         ("base: run.yaml\n", "the file is its own base"),
+        ("a: &x {b: *x}\n", "not valid YAML"),
+        ("a: \x07\n", "not valid YAML"),
     ],
 )
 def test_unreadable_files(tmp_path: Path, text: str, message: str) -> None:
@@ -111,6 +115,11 @@ def test_missing_file_is_named() -> None:
         ("optim.lr", "'optim.lr' is not of the form path.to.option=value"),
         ("optim.lr=[1", "optim.lr: '[1' is not a YAML value"),
         ("model.ffn.experts.9.count=1", "there is no item 9 to change"),
+        ("model.²=3", "model.²: unknown option"),
+        ("model=3", "model: must be a mapping of options, got 3"),
+        ("run_dir.x=1", "run_dir: input should be a valid string"),
+        ("optim.betas=[1.5, 0.9]", "optim.betas.0: input should be less than 1, got 1.5"),
+        ("data.source={kind: files, paths: a}", "data.source.paths: must be a list, got 'a'"),
         ("optim.lr=0", "optim.lr: input should be greater than 0, got 0"),
     ],
 )
@@ -127,6 +136,20 @@ def test_overrides_change_nested_values_and_list_items() -> None:
     assert config.optim.lr == 3e-4
     assert config.model.ffn.count("ffn") == 2  # type: ignore[union-attr]
     assert config.train.micro_batch_size is None
+
+
+def test_naming_the_kind_that_is_the_default_keeps_its_options() -> None:
+    config = load_config(QUICKSTART, ["model.ffn.balance.kind=switch"])
+    assert config == load_config(QUICKSTART)
+
+
+def test_the_order_of_overrides_does_not_matter() -> None:
+    overrides = ["data.source.paths=[a.txt]", "data.source.kind=files"]
+    assert load_config(QUICKSTART, overrides) == load_config(QUICKSTART, overrides[::-1])
+
+
+def test_a_date_is_text() -> None:
+    assert load_config(QUICKSTART, ["run_dir=2024-01-05"]).run_dir == "2024-01-05"
 
 
 def test_base_is_merged_and_another_kind_replaces(tmp_path: Path) -> None:
@@ -169,6 +192,16 @@ RULES: list[tuple[dict[str, Any], str, str]] = [
     ({"data.tokenizer.vocab_size": 600}, "data.tokenizer.vocab_size", "do not fit"),
     ({"model.vocab_size": 100}, "model.vocab_size", "allowed: >= 257"),
     ({"train.micro_batch_size": 3}, "train.micro_batch_size", "does not divide"),
+    (
+        {"data.source": {"kind": "files", "paths": []}},
+        "data.source.paths",
+        "give at least one file",
+    ),
+    (
+        {"optim.schedule": {"kind": "wsd", "warmup_steps": 4, "decay_fraction": 0.5}},
+        "optim.schedule.decay_fraction",
+        "begins the decay at step 3",
+    ),
     ({"optim.schedule.warmup_steps": 6}, "optim.schedule.warmup_steps", "allowed: less"),
 ]
 
@@ -203,14 +236,30 @@ def test_a_resolved_config_round_trips(run_tree: dict[str, Any], tmp_path: Path)
     assert again == config
 
 
-def test_identity_leaves_out_what_does_not_touch_the_weights(run_tree: dict[str, Any]) -> None:
+def test_identity_leaves_out_what_reports_or_places_the_run(run_tree: dict[str, Any]) -> None:
+    """The corpus is compared by content; the micro-batch only where a loss depends on it."""
     config = RunConfig.model_validate(run_tree)
-    relaxed = RunConfig.model_validate(
-        run_tree | {"run_dir": "elsewhere", "log": {"interval": 7}, "checkpoint": {"keep": 9}}
-    )
-    other = RunConfig.model_validate(run_tree | {"optim": {"lr": 2e-2}})
-    assert identity(config) == identity(relaxed)
-    assert identity(config) != identity(other)
+    train = run_tree["train"]
+    same = [
+        {"run_dir": "elsewhere"},
+        {"log": {"interval": 7}, "checkpoint": {"keep": 9}},
+        {"data": run_tree["data"] | {"dir": "elsewhere"}},
+        {"train": train | {"device": "auto", "micro_batch_size": 4}},
+    ]
+    for changes in same:
+        assert identity(RunConfig.model_validate(run_tree | changes)) == identity(config)
+    other = [
+        {"optim": {"lr": 2e-2}},
+        {"train": train | {"num_steps": 7}},
+        {"data": run_tree["data"] | {"sequence_length": 31}},
+    ]
+    for changes in other:
+        assert identity(RunConfig.model_validate(run_tree | changes)) != identity(config)
+    tree = json.loads(json.dumps(run_tree))
+    tree["model"]["ffn"]["balance"]["scope"] = "micro_batch"
+    published = identity(RunConfig.model_validate(tree))
+    tree["train"]["micro_batch_size"] = 4
+    assert identity(RunConfig.model_validate(tree)) != published
 
 
 def test_config_is_immutable(run_config: RunConfig) -> None:
@@ -218,20 +267,34 @@ def test_config_is_immutable(run_config: RunConfig) -> None:
         run_config.model.hidden_size = 3  # type: ignore[misc]
 
 
-def test_schema_describes_every_option() -> None:
-    """Editors get names, types, limits and help from the same source as the checks."""
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
     result = moebius("schema")
     assert result.returncode == 0
-    schema = json.loads(result.stdout)
-    assert "base" in schema["properties"]
+    loaded: dict[str, Any] = json.loads(result.stdout)
+    return loaded
+
+
+def test_schema_describes_every_option(schema: dict[str, Any]) -> None:
+    """Editors get names, choices and help from the same source as the checks."""
     router = schema["$defs"]["DepthRouterConfig"]["properties"]
     assert router["gating"]["enum"] == ["weighted", "additive"]
     for name, node in schema["$defs"].items():
+        assert node.get("description"), f"{name} has no help"
         for option, field in node["properties"].items():
-            if option != "kind":
-                assert (
-                    field.get("description")
-                    or "$ref" in field
-                    or field.get("anyOf")
-                    or (field.get("oneOf"))
-                ), f"{name}.{option} has no help"
+            if option == "kind" or "$ref" in field or "oneOf" in field:
+                continue  # explained by the node it names
+            members = [member for member in field.get("anyOf", []) if "$ref" in member]
+            assert field.get("description") or members, f"{name}.{option} has no help"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=str)
+def test_schema_accepts_every_preset(schema: dict[str, Any], path: Path) -> None:
+    """As an editor sees the file, without its base."""
+    jsonschema.validate(yaml.safe_load(path.read_text().replace("e-", ".0e-")), schema)
+
+
+def test_schema_refuses_what_the_checks_refuse(schema: dict[str, Any]) -> None:
+    for tree in ({"modle": {}}, {"model": {"depth": {"sharing": "x"}}}, {"optim": {"lr": -1}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(tree, schema)

@@ -1,6 +1,7 @@
 """A stopped and resumed run is the uninterrupted one, bit for bit."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moebius.errors import CheckpointError
+from moebius.data.manifest import read_manifest
+from moebius.data.prepare import prepare
+from moebius.errors import CheckpointError, TrainingError
+from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
 from moebius.trainer.config import RunConfig
+from moebius.trainer.loop import train
 from moebius.trainer.run import Run, check_folder, claim_folder
 from tests.trainer.helpers import logged, train_run
 
@@ -145,3 +150,45 @@ def test_accumulation_in_a_run_changes_rounding_only(
         values.append((line["train/loss"], line["train/grad_norm"], line["train/balance_loss"]))
     for other in values[1:]:
         assert other == pytest.approx(values[0], rel=1e-5)
+
+
+def test_a_checkpoint_knows_its_config_and_corpus(run_tree: dict[str, Any], tmp_path: Path) -> None:
+    """Also where the config.yaml beside it is gone."""
+    config = config_in(run_tree, tmp_path / "run")
+    run = train_run(config, stop_after=2)
+    (run.folder / "config.yaml").unlink()
+    other = config_in(run_tree, tmp_path / "run", optim=run_tree["optim"] | {"lr": 0.5})
+    with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.01 -> 0\.5"):
+        train_run(other)
+    data = run_tree["data"] | {"dir": str(tmp_path / "other"), "validation_fraction": 0.3}
+    moved = config_in(run_tree, tmp_path / "run", data=data)
+    prepare(moved.data, moved.model.vocab_size, lambda line: None)
+    with pytest.raises(CheckpointError, match="was not trained on the corpus"):
+        train_run(moved)
+
+
+def test_a_run_continues_from_a_copy_of_its_corpus(
+    run_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = train_run(config_in(run_tree, tmp_path / "whole"))
+    train_run(config_in(run_tree, tmp_path / "run"), stop_after=3)
+    shutil.copytree(run_tree["data"]["dir"], tmp_path / "copy")
+    data = run_tree["data"] | {"dir": str(tmp_path / "copy")}
+    resumed = train_run(config_in(run_tree, tmp_path / "run", data=data))
+    assert logged(resumed.folder) == logged(whole.folder)
+
+
+def test_nothing_is_saved_after_a_step_that_was_not_finite(
+    run_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """The good checkpoints stay, although no report happened to show the loss."""
+    changes = {"checkpoint": {"interval": 2}, "log": {"interval": 1000}}
+    config = config_in(run_tree, tmp_path / "run", **changes)
+    good = train_run(config, stop_after=2)
+    run = Run(config, read_manifest(Path(config.data.dir)), [CheckpointCallback()])
+    run.resume()
+    with torch.no_grad():
+        next(run.decoder.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"step 4 was not finite; .* step-00000002"):
+        train(run)
+    assert run.store.checkpoints() == [good.store.root / "step-00000002"]

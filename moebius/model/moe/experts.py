@@ -27,11 +27,6 @@ class FFNExperts(ParameterModule):
         self.declare("gate_up", (spec.count, 2 * width, hidden), expert)
         self.declare("down", (spec.count, hidden, width), expert)
 
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.down.shape[0]
-
     def forward(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
         """Weighted outputs of rows sorted by expert, see `grouped_swiglu`."""
         return grouped_swiglu(rows_RD, weights_R, self.gate_up, self.down, ends_E)

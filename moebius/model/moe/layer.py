@@ -46,7 +46,7 @@ class MoE(ParameterModule):
         if ctx.tokens.valid_BS is not None:
             routing = _without(routing, ~ctx.tokens.valid_BS.flatten())
         y_TD = self.zero_experts(x_TD, mix_logits_TM, routing)
-        dispatch = self.dispatcher.dispatch(x_TD, routing, self.experts.num_experts)
+        dispatch = self.dispatcher.dispatch(x_TD, routing, self.config.count("ffn"))
         rows_RD = self.experts(dispatch.rows_RD, dispatch.weights_R, dispatch.ends_E)
         y_TD = self.dispatcher.combine(rows_RD, dispatch, y_TD)
         y_TD = self._report(y_TD, routing, ctx)
@@ -65,7 +65,9 @@ class MoE(ParameterModule):
             tokens_B = valid_BS.sum(dim=1)
         counts_BN = expert_counts(routing.ids_TK, group_T, num_rows, probs_BSN.shape[-1])
         prob_sums_BN = probs_BSN.sum(dim=1)
-        ctx.ledger.record(ctx.visit.site, tokens=tokens_B.sum(), expert_tokens=counts_BN.sum(dim=0))
+        ctx.step.ledger.record(
+            ctx.visit.site, tokens=tokens_B.sum(), expert_tokens=counts_BN.sum(dim=0)
+        )
         balance = self.config.balance
         if balance is None:
             return y_TD
@@ -73,13 +75,15 @@ class MoE(ParameterModule):
             counts_BN, prob_sums_BN = counts_BN.sum(0, True), prob_sums_BN.sum(0, True)
             tokens_B = tokens_B.sum(0, True)
         loss = switch_loss(counts_BN, prob_sums_BN, tokens_B, self.eta_N)
-        return ctx.ledger.attach(y_TD, "balance", loss, paper_coefficient(balance, self.config))
+        return ctx.step.ledger.attach(
+            y_TD, "balance", loss, paper_coefficient(balance, self.config)
+        )
 
-    def flops(self, num_tokens: int, num_ffn_rows: int) -> int:
+    def flops(self, num_tokens: int, num_ffn_rows: int, has_predecessor: bool) -> int:
         """Forward FLOPs for tokens of whose assignments `num_ffn_rows` went to FFN experts."""
         extra_columns = self.zero_experts.mix.shape[0] * 2
         return (
-            self.router.flops(num_tokens, extra_columns)
+            self.router.flops(num_tokens, extra_columns, has_predecessor)
             + self.experts.flops(num_ffn_rows)
             + self.zero_experts.flops(num_tokens)
         )

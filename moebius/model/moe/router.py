@@ -57,8 +57,8 @@ class Router(ParameterModule):
             weights_TK = assignment_weights(probs_TN, ids_TK, self.is_null_N, self.config.weights)
         return Routing(ids_TK, weights_TK, probs_TN, scores_TN), extra_TM
 
-    def flops(self, num_tokens: int, extra_columns: int) -> int:
-        """Forward FLOPs of the score and residual products."""
+    def flops(self, num_tokens: int, extra_columns: int, has_predecessor: bool) -> int:
+        """Forward FLOPs of the score product and, after another MoE layer, the residual's."""
         num_experts, hidden = self.weight.shape
-        residual = 0 if self.residual is None else self.residual.numel()
+        residual = self.residual.numel() if has_predecessor and self.residual is not None else 0
         return 2 * num_tokens * ((num_experts + extra_columns) * hidden + residual)

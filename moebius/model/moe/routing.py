@@ -1,7 +1,7 @@
 """The currency of routing over width, and the stages that only compute on it.
 
-Stages in order (each chosen by config, see RouterConfig): scorer -> norm -> selector -> weight
-policy. Numbers are fp32 whatever the precision of the model.
+Stages in order (options in RouterConfig): scorer -> softmax -> selector -> weight policy. Numbers
+are fp32 whatever the precision of the model.
 """
 
 from dataclasses import dataclass

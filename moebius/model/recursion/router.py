@@ -1,7 +1,6 @@
 """Expert-choice routing over depth (Mixture-of-Recursions, arXiv 2507.10524, section 2.2)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +8,9 @@ from torch import Tensor
 
 from moebius.kernels.depth_select import compact, take_rows, top_k_mask
 from moebius.model.config import DepthRouterConfig, ModelConfig
-from moebius.model.context import Ledger
+from moebius.model.context import StepContext
 from moebius.model.parameters import Linear, ParameterModule, Role
 from moebius.model.program import Site, kept_tokens
-
-Mode = Literal["topk", "threshold"]
-"""How tokens are selected. topk: the k best of the row, as published and as trained; it compares a
-token with later ones. threshold: sigmoid(logit) >= 1/2, causal, the only mode for generation."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class DepthRouter(ParameterModule):
         self.score = Linear(config.hidden_size, 1, Role.ROUTER, config.init_std)
 
     def forward(
-        self, x_BSD: Tensor, candidates_BS: Tensor, mode: Mode, ledger: Ledger
+        self, x_BSD: Tensor, candidates_BS: Tensor, step: StepContext
     ) -> tuple[Tensor, Selection]:
         """Select among `candidates`, the tokens of the previous depth, and book the auxiliary loss.
 
@@ -54,21 +49,21 @@ class DepthRouter(ParameterModule):
             logits_BS = F.linear(candidate_rows.to(dtype), self.score.weight.to(dtype)).squeeze(-1)
         present_BS = candidates_BS >= 0
         causal_BS = (logits_BS >= 0) & present_BS
-        if mode == "topk":
+        if step.mode == "topk":
             k = min(kept_tokens(self.capacity, x_BSD.shape[1]), candidates_BS.shape[1])
             keep_BS = top_k_mask(logits_BS, k)
         else:
             keep_BS = causal_BS
             k = max(1, int(keep_BS.sum(dim=1).max()))
-        ledger.record(
+        step.ledger.record(
             self.site,
             candidates=present_BS.sum(),
             selected=keep_BS.sum(),
             agreement=((causal_BS == keep_BS) & present_BS).sum(),
         )
-        if mode == "topk":
+        if step.mode == "topk":
             loss = F.binary_cross_entropy_with_logits(logits_BS, keep_BS.to(dtype))
-            x_BSD = ledger.attach(x_BSD, "depth", loss, self.config.aux_coefficient)
+            x_BSD = step.ledger.attach(x_BSD, "depth", loss, self.config.aux_coefficient)
         index_BK, slot_BK = compact(candidates_BS, keep_BS, k)
         return x_BSD, Selection(index_BK, self._gate(logits_BS.gather(1, slot_BK)))
 

@@ -33,4 +33,4 @@ class EvaluationCallback(Callback):
         batches = validation_batches(
             run.validation, run.config.train.batch_size, run.config.evaluation.num_batches
         )
-        run.publish(evaluate(run.executor, batches, run.validation.bytes_per_token, run.device))
+        run.publish(evaluate(run.executor, batches, run.token_bytes_V, run.device))

@@ -27,7 +27,7 @@ class JsonlSink(Callback):
         """Open the log without the lines of steps that are about to be done again."""
         path = run.folder / "metrics.jsonl"
         if path.exists():
-            lines = path.read_text().splitlines()
+            lines = path.read_text(errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= run.step] if run.step else []
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(f"{line}\n" for line in kept))

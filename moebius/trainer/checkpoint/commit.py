@@ -5,8 +5,6 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
-
 from moebius.config import ConfigNode
 from moebius.errors import CheckpointError
 
@@ -28,17 +26,20 @@ class CommitRecord(ConfigNode):
     """optimizer steps done"""
     position: int
     """samples of the training stream consumed"""
+    corpus: str
+    """fingerprint of tokenizer and tokens, see `Manifest.fingerprint`"""
     config: dict[str, Any]
     """resolved configuration of the run"""
     program: list[str]
     """the unrolled visits, as layer@depth"""
     callbacks: dict[str, dict[str, Any]]
     """state of each callback that has one"""
-    files: dict[str, FileEntry] = Field(default_factory=dict)
+    files: dict[str, FileEntry]
+    """every file beside the record"""
 
 
 def seal(folder: Path, record: CommitRecord) -> None:
-    """Force every file in `folder` to disk, then write the record that declares them valid."""
+    """Force every file in `folder` to disk, then write the record with their sizes and hashes."""
     files = {}
     for path in sorted(folder.iterdir()):
         _sync(path)
@@ -63,8 +64,8 @@ def read_record(folder: Path) -> CommitRecord:
     """
     path = folder / RECORD_NAME
     try:
-        record = CommitRecord.model_validate_json(path.read_text())
-    except (OSError, ValidationError) as error:
+        record = CommitRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"checkpoint '{folder}': no valid {RECORD_NAME}: {reason}") from None
     for name, entry in record.files.items():

@@ -1,14 +1,17 @@
 """The checkpoints of one run folder."""
 
+import re
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moebius.errors import CheckpointError
 from moebius.trainer.checkpoint.commit import CommitRecord, publish, read_record, seal
 
+STEP_FOLDER = re.compile(r"step-\d{8,}")
 Tensors = dict[str, dict[str, Tensor]]
 """file stem -> name -> tensor"""
 
@@ -33,7 +36,11 @@ class CheckpointStore:
         temporary.mkdir(parents=True)
         for stem, group in tensors.items():
             contiguous = {name: tensor.contiguous() for name, tensor in group.items()}
-            save_file(contiguous, temporary / f"{stem}.safetensors")
+            path = temporary / f"{stem}.safetensors"
+            try:
+                save_file(contiguous, path)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"checkpoint: cannot write '{path}': {error}") from error
         seal(temporary, record)
         publish(temporary, final)
         for old in self.checkpoints()[: -self.keep]:
@@ -41,8 +48,9 @@ class CheckpointStore:
         return final
 
     def checkpoints(self) -> list[Path]:
-        """Folders of finished checkpoints, oldest first; unfinished ones end in `.tmp`."""
-        return sorted(path for path in self.root.glob("step-*") if path.suffix != ".tmp")
+        """Folders of finished checkpoints, oldest first; other names are not touched."""
+        found = [path for path in self.root.glob("step-*") if STEP_FOLDER.fullmatch(path.name)]
+        return sorted(found, key=step_of)
 
     def find(self, step: int | None = None) -> Path | None:
         """The checkpoint of a step, by default the newest; None where the run has none yet.
@@ -54,7 +62,7 @@ class CheckpointStore:
             return found[-1] if found else None
         path = self.root / f"step-{step:08}"
         if path not in found:
-            steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in found)
+            steps = ", ".join(str(step_of(path)) for path in found)
             raise CheckpointError(f"no checkpoint of step {step} in '{self.root}'; there: {steps}")
         return path
 
@@ -62,4 +70,12 @@ class CheckpointStore:
         """Verify and read a checkpoint. Raises CheckpointError where a file is damaged."""
         record = read_record(folder)
         tensors = {Path(name).stem: load_file(folder / name) for name in record.files}
+        for stem in ("model", "optimizer"):
+            if stem not in tensors:
+                raise CheckpointError(f"checkpoint '{folder}' holds no {stem}.safetensors")
         return record, tensors
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step of a checkpoint folder."""
+    return int(folder.name.removeprefix("step-"))

@@ -9,8 +9,8 @@ from moebius.errors import CheckpointError
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter once, under its unique-layer name."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """Every parameter and persistent buffer once, under its unique-layer name."""
+    return model.state_dict()
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -24,29 +24,37 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 @torch.no_grad()
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved parameters into the model. Raises CheckpointError where names or shapes differ."""
-    parameters = dict(model.named_parameters())
-    for name in parameters.keys() ^ tensors.keys():
-        where = "checkpoint" if name in parameters else "model"
-        raise CheckpointError(f"checkpoint: parameter {name} is not in the {where}")
-    for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
-            raise CheckpointError(
-                f"checkpoint: {name} is {list(tensors[name].shape)}, "
-                f"the model's is {list(parameter.shape)}"
-            )
-        parameter.copy_(tensors[name])
+    """Copy saved values into the model. Raises CheckpointError where names or shapes differ."""
+    own = model.state_dict()
+    _check(own, tensors)
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
 
 
 def load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Replace the optimizer's state by the saved one."""
+    """Replace the optimizer's state by the saved one; raises CheckpointError if it does not fit."""
     parameters = dict(model.named_parameters())
+    moments = {
+        f"{name}/{key}": parameter
+        for name, parameter in parameters.items()
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    _check(moments, {path: value for path, value in tensors.items() if value.dim() > 0})
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
-        if name not in parameters:
-            raise CheckpointError(f"checkpoint: optimizer state of unknown parameter {name}")
-        # Step counters stay where the optimizer made them; moments live beside their parameter.
-        device = value.device if value.dim() == 0 else parameters[name].device
-        optimizer.state[parameters[name]][key] = value.to(device)
+        # Fused AdamW keeps its step counters, too, on the device of the parameter.
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+
+
+def _check(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    for name in sorted(own.keys() ^ saved.keys()):
+        where = "checkpoint" if name in own else "model"
+        raise CheckpointError(f"checkpoint: {name} is not in the {where}")
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape:
+            raise CheckpointError(
+                f"checkpoint: {name} is {list(saved[name].shape)}, "
+                f"the model's is {list(tensor.shape)}"
+            )

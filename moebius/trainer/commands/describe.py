@@ -16,7 +16,8 @@ from moebius.model.cost import (
 from moebius.model.decoder import Decoder
 from moebius.trainer.config_file import load_config
 
-COLUMNS = ("visit", "layer", "depth", "capacity", "tokens", "experts", "parameters", "MFLOP/token")
+TABLE_WIDTH = 100
+COLUMNS = ("visit", "layer", "depth", "share", "tokens", "experts", "parameters", "MFLOP/tok")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     with torch.device("meta"):
         decoder = Decoder(config.model)
     length = config.data.sequence_length
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)  # a pipe has no width that a table must fit into
     console.print(program_table(decoder, length))
     for line in summary(decoder, length):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

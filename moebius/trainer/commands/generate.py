@@ -1,28 +1,33 @@
 """moebius generate: text from a run's checkpoint."""
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
+from moebius.trainer.commands.arguments import add_run_arguments, non_negative, utf8, whole
 from moebius.trainer.generation import generate_ids
 from moebius.trainer.restore import restore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`moebius generate RUN --prompt TEXT`."""
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--prompt", default="", help="text to continue; default: a new document")
-    parser.add_argument("--step", type=int, help="checkpoint to use; default: the newest")
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the most probable token")
-    parser.add_argument("--top-k", type=int, default=50, help="sample from so many tokens")
-    parser.add_argument("--seed", type=int, default=0)
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--prompt", type=utf8, default="", help="text to continue; default: a new document"
+    )
+    parser.add_argument("--max-new-tokens", type=whole(1), default=96, metavar="N")
+    parser.add_argument(
+        "--temperature", type=non_negative, default=0.8, help="0: the most probable token"
+    )
+    parser.add_argument(
+        "--top-k", type=whole(1), default=50, help="sample from so many tokens", metavar="K"
+    )
+    parser.add_argument("--seed", type=whole(0), default=0)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Print the prompt and its continuation."""
-    model = restore(arguments.run, arguments.step)
+    model = restore(arguments.run, arguments.step, arguments.device)
     new = generate_ids(
         model.executor,
         model.tokenizer.encode(arguments.prompt, add_special_tokens=False).ids,

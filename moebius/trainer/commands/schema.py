@@ -20,6 +20,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         "type": "string",
         "description": "another run file, relative to this one, that this one changes",
     }
-    del schema["required"]  # a file may leave to its base what a run requires
+    # A file may leave to its base what a run requires, at any depth.
+    for node in (schema, *schema["$defs"].values()):
+        node.pop("required", None)
     console.out(json.dumps(schema, indent=1), highlight=False)
     return 0

@@ -1,6 +1,8 @@
 """moebius train: prepare the corpus, train, say what to do next."""
 
 import argparse
+import shlex
+from functools import partial
 
 from rich.console import Console
 
@@ -30,7 +32,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     config = load_config(arguments.config, arguments.overrides)
     check_world_size()
     check_folder(config)
-    manifest = prepare(config.data, config.model.vocab_size, lambda line: console.print(line))
+    manifest = prepare(config.data, config.model.vocab_size, partial(_print, console))
     callbacks = [
         InterruptCallback(),
         ConsoleCallback(console),
@@ -44,7 +46,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     training.resume()
     claim_folder(config)  # only now: a run that could not be built leaves no trace
     train(training)
-    again = " ".join(["moebius train", arguments.config, *arguments.overrides])
+    again = shlex.join(["moebius", "train", arguments.config, *arguments.overrides])
     folder = training.folder
     lines = [f"curves:   tensorboard --logdir {folder / 'tensorboard'}"]
     if training.stop_signal is None:
@@ -53,5 +55,10 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     else:
         lines.append(f"stopped at step {training.step} of {config.train.num_steps}")
     lines.append(f"resume:   {again}   (continues after step {training.step} from {folder})")
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    for line in lines:
+        _print(console, line)
     return 0 if training.stop_signal is None else SIGNAL_EXIT_BASE + training.stop_signal
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
