@@ -64,6 +64,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyP
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, _Loader)
+        if node is None:
+            return {}, {}
+        places = dict(_marks(node, path, ()))
         tree = yaml.load(text, _Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
@@ -73,13 +76,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyP
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise ConfigError(f"{place}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = (str(error).splitlines() or ["too deeply nested"])[0]
+        reason = (str(error).splitlines() or ["unreadable"])[0]
         raise ConfigError(f"{path}: not valid YAML: {reason}") from None
-    if node is None:
-        return {}, {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}:1:1: a config file is a mapping, not a {type(tree).__name__}")
-    places = dict(_marks(node, path, ()))
     base = tree.pop(BASE_KEY, None)
     if base is None:
         return tree, places
