@@ -18,7 +18,7 @@ class Batch:
     labels_BS: Tensor
     """the token that follows each token"""
     segment_ids_BS: Tensor
-    """number of the document in the row, from 0"""
+    """which document of the row; goes up by one where a document begins"""
     positions_BS: Tensor
     """position in the document, from 0 at its start or at the row's"""
 

@@ -37,7 +37,7 @@ def _stdlib(root: Path) -> Iterator[Document]:
         if "site-packages" in name.parts or "dist-packages" in name.parts:
             continue
         try:
-            yield Document(name.as_posix(), path.read_text(encoding="utf-8"))
+            yield Document(name.as_posix(), path.read_bytes().decode("utf-8"))
         except UnicodeDecodeError:
             continue  # test inputs of the interpreter in other encodings
 
@@ -62,16 +62,18 @@ def _files(source: FilesSource) -> Iterator[Document]:
 def _file(path: Path, name: str, text_field: str) -> Iterator[Document]:
     import datasets
 
-    if path.is_file() and path.stat().st_size == 0:
-        return
     kind = FILE_KINDS.get(path.suffix)
     if kind is None:
         raise DataError(f"data.source.paths: '{path}' is none of {', '.join(FILE_KINDS)}")
+    if kind != "parquet" and path.is_file() and path.stat().st_size == 0:
+        return
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it would log what is raised below
+    # Else every file, a local one too, is counted by a request to the hub.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     try:
         rows = datasets.load_dataset(
-            kind, data_files=str(path), split="train", streaming=True, **options
+            kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options
         )
         for number, row in enumerate(rows):
             column = "text" if kind == "text" else text_field

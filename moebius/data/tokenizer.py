@@ -59,6 +59,9 @@ def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
     special = tokenizer.get_added_tokens_decoder()
     for text, token_id in tokenizer.get_vocab().items():
         if token_id in special:
+            # Spelled as it is; one that is not special is found in text and stands for it.
+            added = special[token_id]
+            lengths[token_id] = 0 if added.special else len(added.content.encode())
             continue
         # A byte-level token is spelled with one character per byte.
         lengths[token_id] = len(text if byte_level else tokenizer.decode([token_id]).encode())
@@ -73,5 +76,10 @@ def eod_id(tokenizer: Tokenizer, config: TokenizerConfig) -> int:
             f"data.tokenizer.eod_token: '{config.eod_token}' is not in the vocabulary of "
             f"'{config.path}'",
             "name the token that ends a document there",
+        )
+    if token_id in tokenizer.encode(config.eod_token, add_special_tokens=False).ids:
+        raise DataError(
+            f"data.tokenizer.eod_token: '{config.eod_token}' is also a token of text",
+            "choose one that no text is encoded to, like <|endoftext|>",
         )
     return int(token_id)

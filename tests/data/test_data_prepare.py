@@ -1,123 +1,500 @@
-"""Preparation: complete, split by document, repeatable, and never silently of another recipe."""
+"""A prepared corpus holds its documents, each in its split, and says what made it."""
 
+import hashlib
 import json
 import shutil
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from moebius.data import prepare as prepare_module
-from moebius.data.config import DataConfig, FilesSource
+from moebius.data.config import DataConfig, FilesSource, HubSource, TokenizerConfig
 from moebius.data.manifest import Manifest, read_manifest
 from moebius.data.prepare import is_validation, prepare
-from moebius.data.shards import open_shard
-from moebius.data.sources import documents
-from moebius.data.stream import SplitReader
-from moebius.data.tokenizer import load_tokenizer
+from moebius.data.stream import SplitReader, TrainStream
+from moebius.data.tokenizer import train_tokenizer
 from moebius.errors import DataError
 from tests.conftest import VOCAB_SIZE
 
+EOD = "<|endoftext|>"
+
 
 def silent(line: str) -> None:
-    pass
+    """A report that nobody reads."""
 
 
-def texts_of(folder: Path, manifest: Manifest, name: str) -> list[str]:
-    """The documents of a split, decoded from its shards."""
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    texts = []
-    for shard in manifest.splits[name].shards:
-        ids: list[int] = []
-        for token in open_shard(folder / shard.name, shard.tokens).tolist():
-            if token == manifest.tokenizer.eod_id:
-                texts.append(tokenizer.decode(ids, skip_special_tokens=False))
-                ids = []
-            else:
-                ids.append(token)
-        assert not ids, "every document ends in an end-of-document token"
-    return texts
+def source_texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
-def test_nothing_is_lost_and_splits_are_chosen_by_document(
-    data_config: DataConfig, manifest: Manifest
+def write_texts(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def config_of(folder: Path, *paths: Path, **changes: Any) -> DataConfig:
+    """A small corpus of jsonl files."""
+    values: dict[str, Any] = {
+        "dir": str(folder),
+        "source": FilesSource(paths=tuple(map(str, paths))),
+        "sequence_length": 16,
+        "validation_fraction": 0.2,
+    }
+    return DataConfig(**values | changes)
+
+
+def held_out(document_id: str, fraction: float) -> bool:
+    """The rule, written down once more."""
+    return int(hashlib.sha256(document_id.encode()).hexdigest()[:16], 16) / 2**64 < fraction
+
+
+def decoded(folder: Path, manifest: Manifest, split: str) -> list[str]:
+    """Documents of a split, read from the files without the package's reader."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    parts = [np.fromfile(folder / f"{s.name}.bin", "<u2") for s in manifest.splits[split].shards]
+    tokens = np.concatenate(parts)
+    ends = np.flatnonzero(tokens == manifest.tokenizer.eod_id)
+    assert ends[-1] == len(tokens) - 1  # every document is ended, the last one too
+    pieces = np.split(tokens, ends + 1)[:-1]
+    return [tokenizer.decode(piece[:-1].tolist()) for piece in pieces]
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Time of change and identity of each file."""
+    return {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.iterdir()}
+
+
+def bin_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.bin"))}
+
+
+def refusal(config: DataConfig, vocab_size: int = 300) -> str:
+    with pytest.raises(DataError) as caught:
+        prepare(config, vocab_size, silent)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def small_file(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty documents, so that preparing takes a moment only."""
+    path = tmp_path_factory.mktemp("small") / "small.jsonl"
+    return write_texts(path, source_texts(corpus_file)[:60])
+
+
+@pytest.fixture(scope="module")
+def small_corpus(small_file: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """Prepared once; tests that change it work on a copy."""
+    config = config_of(tmp_path_factory.mktemp("prepared"), small_file)
+    prepare(config, 300, silent)
+    return config
+
+
+@pytest.fixture
+def corpus_copy(small_corpus: DataConfig, tmp_path: Path) -> DataConfig:
+    folder = shutil.copytree(small_corpus.dir, tmp_path / "copy")
+    return small_corpus.model_copy(update={"dir": str(folder)})
+
+
+# What the shards hold.
+
+
+def test_every_document_is_in_the_split_of_its_hash(
+    corpus_file: Path, data_config: DataConfig, manifest: Manifest
+) -> None:
+    """Decoded, in order, complete; the two splits share none."""
+    expected: dict[str, list[str]] = {"train": [], "validation": []}
+    for number, text in enumerate(source_texts(corpus_file)):
+        name = "validation" if held_out(f"{corpus_file.name}:{number}", 0.1) else "train"
+        expected[name].append(text)
+    folder = Path(data_config.dir)
+    assert decoded(folder, manifest, "train") == expected["train"]
+    assert decoded(folder, manifest, "validation") == expected["validation"]
+    assert len(expected["validation"]) > 10
+
+
+def test_totals_are_those_of_the_shards(
+    corpus_file: Path, data_config: DataConfig, manifest: Manifest
 ) -> None:
     folder = Path(data_config.dir)
-    expected: dict[str, list[str]] = {"train": [], "validation": []}
-    for document in documents(data_config.source):
-        held_out = is_validation(document.id, data_config.validation_fraction)
-        expected["validation" if held_out else "train"].append(document.text)
-    for name, texts in expected.items():
-        assert texts_of(folder, manifest, name) == texts
-        split = manifest.splits[name]
-        assert split.documents == len(texts) > 0
-        assert split.bytes == sum(len(text.encode()) for text in texts)
-    share = len(expected["validation"]) / sum(map(len, expected.values()))
-    assert 0.03 < share < 0.2
+    total_documents = 0
+    for name, split in manifest.splits.items():
+        texts = decoded(folder, manifest, name)
+        tokens = sum((folder / f"{s.name}.bin").stat().st_size // 2 for s in split.shards)
+        assert split.tokens == tokens
+        assert split.documents == len(texts)
+        total_documents += len(texts)
+        for shard in split.shards:
+            content = (folder / f"{shard.name}.bin").read_bytes()
+            assert shard.sha256 == hashlib.sha256(content).hexdigest()
+    assert set(manifest.splits) == {"train", "validation"}
+    assert total_documents == len(source_texts(corpus_file))
 
 
-def test_a_prepared_folder_is_used_as_it_is(data_config: DataConfig, manifest: Manifest) -> None:
-    times = {path: path.stat().st_mtime_ns for path in Path(data_config.dir).iterdir()}
-    assert prepare(data_config, VOCAB_SIZE, silent) == manifest
-    assert {path: path.stat().st_mtime_ns for path in Path(data_config.dir).iterdir()} == times
+def test_bytes_are_the_utf8_bytes_of_the_documents(tmp_path: Path) -> None:
+    """Bytes, not characters: bits per byte are divided by them."""
+    texts = [f"{number}: Größe, 数据, 🧵" for number in range(40)]
+    config = config_of(tmp_path / "out", write_texts(tmp_path / "a.jsonl", texts))
+    made = prepare(config, 300, silent)
+    for name, split in made.splits.items():
+        found = decoded(tmp_path / "out", made, name)
+        assert split.bytes == sum(len(text.encode()) for text in found) > sum(map(len, found))
+    assert sum(split.bytes for split in made.splits.values()) == len("".join(texts).encode())
 
 
-@pytest.mark.parametrize(
-    ("changes", "vocab_size", "field"),
-    [
-        ({"source": {"kind": "stdlib"}}, VOCAB_SIZE, "data.source"),
-        ({"validation_fraction": 0.2}, VOCAB_SIZE, "data.validation_fraction"),
-        ({"tokenizer": {"vocab_size": 300}}, VOCAB_SIZE, "data.tokenizer"),
-        ({}, 300, "data.tokenizer"),
-    ],
-)
-def test_a_folder_of_another_recipe_is_refused(
-    data_config: DataConfig,
-    manifest: Manifest,
-    changes: dict[str, Any],
-    vocab_size: int,
-    field: str,
+def test_the_tokenizer_entry_describes_the_file_beside_the_manifest(
+    data_config: DataConfig, manifest: Manifest
 ) -> None:
-    other = DataConfig.model_validate(data_config.model_dump() | changes)
-    with pytest.raises(DataError, match=rf"{field}: .* was prepared with"):
-        prepare(other, vocab_size, silent)
+    path = Path(data_config.dir) / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    assert manifest.tokenizer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert manifest.tokenizer.vocab_size == tokenizer.get_vocab_size() == VOCAB_SIZE
+    assert manifest.tokenizer.eod_id == tokenizer.token_to_id(EOD)
 
 
-def test_an_interrupted_preparation_is_done_again(
-    data_config: DataConfig, manifest: Manifest, tmp_path: Path
+def test_a_document_that_spells_the_end_of_document_stays_one(tmp_path: Path) -> None:
+    texts = [f"{number} before {EOD} after {EOD}" for number in range(40)]
+    config = config_of(tmp_path / "out", write_texts(tmp_path / "a.jsonl", texts))
+    made = prepare(config, 300, silent)
+    assert made.splits["train"].documents + made.splits["validation"].documents == 40
+    both = [text for name in made.splits for text in decoded(tmp_path / "out", made, name)]
+    assert sorted(both) == sorted(texts)
+
+
+def test_documents_without_text_are_left_out_and_move_no_other(
+    small_file: Path, small_corpus: DataConfig, tmp_path: Path
 ) -> None:
-    """What stands in a folder without a manifest is not trusted."""
-    (tmp_path / "train-00000.bin").write_bytes(b"half")
-    again = prepare(data_config.model_copy(update={"dir": str(tmp_path)}), VOCAB_SIZE, silent)
-    assert again == manifest
+    """The ids count rows, with or without text."""
+    texts = source_texts(small_file)
+    path = write_texts(tmp_path / small_file.name, [*texts, "", ""])
+    made = prepare(config_of(tmp_path / "out", path), 300, silent)
+    assert sum(split.documents for split in made.splits.values()) == len(texts)
+    assert bin_bytes(tmp_path / "out") == bin_bytes(Path(small_corpus.dir))
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda data: data[: len(data) // 2], "cannot read"),
-        (lambda data: data[:50] + bytes([data[50] ^ 0x80]) + data[51:], "cannot read"),
-        (lambda data: data.replace(b'"validation": {', b'"test": {'), "train and validation"),
-        (lambda data: data.replace(b'"eod_id":', b'"eod":'), "tokenizer.eod_id: Field required"),
-    ],
-)
-def test_a_damaged_manifest_is_named(
-    data_config: DataConfig,
-    manifest: Manifest,
-    tmp_path: Path,
-    damage: Callable[[bytes], bytes],
-    message: str,
+def test_more_documents_than_one_encoding_batch_stay_in_order(
+    small_corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(shutil.copytree(data_config.dir, tmp_path / "copy"))
-    path = folder / "manifest.json"
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError) as caught:
-        read_manifest(folder)
-    assert f"'{path}'" in str(caught.value)
-    assert message in str(caught.value)
+    monkeypatch.setattr(prepare_module, "ENCODE_BATCH", 7)
+    prepare(small_corpus.model_copy(update={"dir": str(tmp_path)}), 300, silent)
+    assert bin_bytes(tmp_path) == bin_bytes(Path(small_corpus.dir))
+
+
+def test_preparing_is_deterministic(small_corpus: DataConfig, tmp_path: Path) -> None:
+    again = prepare(small_corpus.model_copy(update={"dir": str(tmp_path)}), 300, silent)
+    assert again == read_manifest(Path(small_corpus.dir))
+    for path in Path(small_corpus.dir).iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_tokenizer_is_trained_on_no_more_text_than_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents after the limit teach it nothing, but are encoded."""
+    texts = [f"{number} alpha alpha" for number in range(20)] + ["omega " * 50] * 20
+    path = write_texts(tmp_path / "a.jsonl", texts)
+    monkeypatch.setattr(prepare_module, "TOKENIZER_BYTES", len("".join(texts[:20])))
+    made = prepare(config_of(tmp_path / "out", path), 300, silent)
+    vocabulary = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).get_vocab()
+    assert any("alpha" in token for token in vocabulary)
+    assert not any("ome" in token for token in vocabulary)
+    assert sum(split.documents for split in made.splits.values()) == 40
+
+
+# The split.
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5])
+def test_the_share_held_out_is_the_fraction(fraction: float) -> None:
+    ids = [f"rows.jsonl:{number}" for number in range(20_000)]
+    share = sum(is_validation(name, fraction) for name in ids) / len(ids)
+    assert abs(share - fraction) < 4 * (fraction * (1 - fraction) / len(ids)) ** 0.5
+
+
+def test_the_split_follows_the_rule() -> None:
+    ids = [f"json/decoder.py:{number}" for number in range(500)] + ["größe.txt:0", ""]
+    for name in ids:
+        assert is_validation(name, 0.3) == held_out(name, 0.3)
+
+
+def test_a_larger_fraction_holds_out_the_same_documents_and_more() -> None:
+    ids = [str(number) for number in range(1000)]
+    small, large = ({name for name in ids if is_validation(name, f)} for f in (0.1, 0.3))
+    assert small < large
+
+
+def test_a_corpus_that_grows_keeps_its_documents_in_their_splits(
+    small_file: Path, small_corpus: DataConfig, corpus_file: Path, tmp_path: Path
+) -> None:
+    path = write_texts(tmp_path / small_file.name, source_texts(corpus_file)[:90])
+    made = prepare(config_of(tmp_path / "out", path), 300, silent)
+    before_folder = Path(small_corpus.dir)
+    for name in ("train", "validation"):
+        before = decoded(before_folder, read_manifest(before_folder), name)
+        assert decoded(tmp_path / "out", made, name)[: len(before)] == before
+
+
+# Reuse, refusal and repair.
+
+
+def test_a_second_prepare_reuses_the_files(small_corpus: DataConfig) -> None:
+    folder = Path(small_corpus.dir)
+    before = state_of(folder)
+    reports: list[str] = []
+    assert prepare(small_corpus, 300, reports.append) == read_manifest(folder)
+    assert state_of(folder) == before
+    assert reports == []
+
+
+def test_the_source_may_be_gone_once_prepared(
+    small_file: Path, tmp_path: Path, small_corpus: DataConfig
+) -> None:
+    path = Path(shutil.copy(small_file, tmp_path))
+    config = config_of(tmp_path / "out", path)
+    made = prepare(config, 300, silent)
+    path.unlink()
+    assert prepare(config, 300, silent) == made
+
+
+def test_the_shape_of_samples_is_not_part_of_the_corpus(small_corpus: DataConfig) -> None:
+    changed = small_corpus.model_copy(update={"sequence_length": 99})
+    assert prepare(changed, 300, silent) == read_manifest(Path(small_corpus.dir))
+
+
+def test_a_vocabulary_size_of_the_model_or_of_the_data_is_the_same(
+    small_corpus: DataConfig,
+) -> None:
+    changed = small_corpus.model_copy(update={"tokenizer": TokenizerConfig(vocab_size=300)})
+    assert prepare(changed, 5000, silent) == read_manifest(Path(small_corpus.dir))
+
+
+OTHER_RECIPES = [
+    pytest.param({"source": FilesSource(paths=("other.jsonl",))}, "source", id="paths"),
+    pytest.param({"source": HubSource(name="some/data")}, "source", id="kind"),
+    pytest.param({"tokenizer": TokenizerConfig(vocab_size=301)}, "tokenizer", id="size"),
+    pytest.param({"tokenizer": TokenizerConfig(path="t.json")}, "tokenizer", id="path"),
+    pytest.param({"tokenizer": TokenizerConfig(eod_token="<e>")}, "tokenizer", id="eod"),
+    pytest.param({"validation_fraction": 0.21}, "validation_fraction", id="fraction"),
+]
+
+
+@pytest.mark.parametrize(("change", "field"), OTHER_RECIPES)
+def test_a_corpus_made_otherwise_is_refused_by_the_field(
+    small_corpus: DataConfig, change: dict[str, Any], field: str
+) -> None:
+    before = state_of(Path(small_corpus.dir))
+    message = refusal(small_corpus.model_copy(update=change))
+    assert message.startswith(f"data.{field}:")
+    assert small_corpus.dir in message
+    assert state_of(Path(small_corpus.dir)) == before
+
+
+def test_another_text_field_is_another_source(small_corpus: DataConfig) -> None:
+    assert isinstance(small_corpus.source, FilesSource)
+    source = small_corpus.source.model_copy(update={"text_field": "body"})
+    message = refusal(small_corpus.model_copy(update={"source": source}))
+    assert message.startswith("data.source:")
+
+
+def test_a_model_of_another_vocabulary_is_refused(small_corpus: DataConfig) -> None:
+    """The model's size is that of the tokenizer trained for it."""
+    message = refusal(small_corpus, 400)
+    assert message.startswith("data.tokenizer:")
+    assert "300" in message
+    assert "400" in message
+
+
+def test_a_corpus_without_its_manifest_is_made_again(
+    corpus_copy: DataConfig, small_corpus: DataConfig
+) -> None:
+    """What an interruption left: shards cut short, and one too many."""
+    folder = Path(corpus_copy.dir)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json.tmp").write_text('{"format"')
+    (folder / "train-00000.bin").write_bytes(b"\x01\x00")
+    (folder / "tokenizer.json").write_text("{")
+    (folder / "train-00001.bin").write_bytes(b"\x01\x00")
+    made = prepare(corpus_copy, 300, silent)
+    assert made == read_manifest(Path(small_corpus.dir)) == read_manifest(folder)
+    for path in Path(small_corpus.dir).iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+    SplitReader(folder, made, "train", 16)  # opens every shard of the manifest
+
+
+def test_a_failed_preparation_is_not_taken_for_a_corpus(small_file: Path, tmp_path: Path) -> None:
+    """The folder can be used as soon as the source is repaired."""
+    path = tmp_path / "a.jsonl"
+    content = small_file.read_text()
+    path.write_text(content + "{broken\n")
+    config = config_of(tmp_path / "out", path)
+    assert str(path) in refusal(config)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    path.write_text(content)
+    assert sum(split.documents for split in prepare(config, 300, silent).splits.values()) == 60
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"\xff\xfe\x00"])
+def test_a_damaged_manifest_is_refused(corpus_copy: DataConfig, content: bytes) -> None:
+    path = Path(corpus_copy.dir) / "manifest.json"
+    path.write_bytes(content)
+    assert str(path) in refusal(corpus_copy)
+
+
+def test_a_manifest_of_another_format_is_refused(corpus_copy: DataConfig) -> None:
+    path = Path(corpus_copy.dir) / "manifest.json"
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps(tree | {"format": 2}))
+    assert str(path) in refusal(corpus_copy)
+
+
+def test_a_manifest_written_is_the_manifest_read(small_corpus: DataConfig) -> None:
+    """No temporary file is left beside it."""
+    folder = Path(small_corpus.dir)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json",
+        "tokenizer.json",
+        "train-00000.bin",
+        "train-00000.idx",
+        "validation-00000.bin",
+        "validation-00000.idx",
+    ]
+    assert Manifest.model_validate_json((folder / "manifest.json").read_bytes()) == read_manifest(
+        folder
+    )
+
+
+@pytest.mark.parametrize("content", ["", '{"text": ""}\n{"text": ""}\n'])
+def test_an_empty_corpus_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    message = refusal(config_of(tmp_path / "out", tmp_path / "a.jsonl"))
+    assert message.startswith("data.source")
+    assert "corpus is empty" in message
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("fraction", "name"), [(1e-9, "validation"), (1 - 1e-9, "train")])
+def test_a_split_that_would_be_empty_is_refused(
+    small_file: Path, tmp_path: Path, fraction: float, name: str
+) -> None:
+    message = refusal(config_of(tmp_path / "out", small_file, validation_fraction=fraction))
+    assert f"the {name} split" in message
+    assert "60 documents" in message
+    assert "validation_fraction" in message
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+# A tokenizer from elsewhere.
+
+
+@pytest.fixture
+def own_tokenizer(small_file: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "own.json"
+    train_tokenizer(source_texts(small_file), 280, "</s>").save(str(path))
+    return path
+
+
+def test_a_given_tokenizer_is_used_and_kept(
+    small_file: Path, own_tokenizer: Path, tmp_path: Path
+) -> None:
+    chosen = TokenizerConfig(path=str(own_tokenizer), eod_token="</s>")
+    made = prepare(config_of(tmp_path / "out", small_file, tokenizer=chosen), 5000, silent)
+    own = Tokenizer.from_file(str(own_tokenizer))
+    kept = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert kept.get_vocab() == own.get_vocab()
+    assert made.tokenizer.vocab_size == 280
+    assert made.tokenizer.eod_id == own.token_to_id("</s>")
+    both = [text for name in made.splits for text in decoded(tmp_path / "out", made, name)]
+    assert sorted(both) == sorted(source_texts(small_file))
+
+
+def test_a_given_tokenizer_without_the_end_of_document_is_refused(
+    small_file: Path, own_tokenizer: Path, tmp_path: Path
+) -> None:
+    chosen = TokenizerConfig(path=str(own_tokenizer))
+    message = refusal(config_of(tmp_path / "out", small_file, tokenizer=chosen))
+    assert "data.tokenizer.eod_token" in message
+    assert str(own_tokenizer) in message
+    assert EOD in message
+
+
+def test_a_given_tokenizer_that_is_missing_is_refused(small_file: Path, tmp_path: Path) -> None:
+    chosen = TokenizerConfig(path=str(tmp_path / "none.json"))
+    message = refusal(config_of(tmp_path / "out", small_file, tokenizer=chosen))
+    assert str(tmp_path / "none.json") in message
+
+
+def test_a_vocabulary_with_gaps_in_its_ids_is_read_back(
+    small_file: Path, own_tokenizer: Path, tmp_path: Path
+) -> None:
+    """The ids of a given tokenizer reach beyond the number of its tokens."""
+    tree = json.loads(own_tokenizer.read_text())
+    vocabulary = tree["model"]["vocab"]
+    for token in sorted(vocabulary, key=vocabulary.__getitem__)[-20:]:
+        vocabulary[token] += 1000
+    own_tokenizer.write_text(json.dumps(tree))
+    chosen = TokenizerConfig(path=str(own_tokenizer), eod_token="</s>")
+    made = prepare(config_of(tmp_path / "out", small_file, tokenizer=chosen), 5000, silent)
+    reader = SplitReader(tmp_path / "out", made, "train", 16)
+    highest = max(int(reader.window(number).max()) for number in range(reader.num_windows))
+    assert 1000 < highest < made.tokenizer.vocab_size
+
+
+# Several shards.
+
+
+@pytest.fixture
+def rotated(
+    small_corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> DataConfig:
+    """The small corpus in shards of a few hundred tokens."""
+    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 700)
+    config = small_corpus.model_copy(update={"dir": str(tmp_path / "rotated")})
+    prepare(config, 300, silent)
+    return config
+
+
+def test_a_full_shard_is_followed_by_another(rotated: DataConfig, small_corpus: DataConfig) -> None:
+    """Together they hold what one would; all but the last are full, none is empty."""
+    made, whole = (read_manifest(Path(config.dir)) for config in (rotated, small_corpus))
+    for name in ("train", "validation"):
+        shards = made.splits[name].shards
+        assert len(shards) > 2
+        assert [shard.name for shard in shards] == [f"{name}-{n:05}" for n in range(len(shards))]
+        assert all(shard.tokens >= 700 for shard in shards[:-1])
+        assert all(shard.documents > 0 for shard in shards)
+        joined = b"".join((Path(rotated.dir) / f"{s.name}.bin").read_bytes() for s in shards)
+        assert joined == (Path(small_corpus.dir) / f"{name}-00000.bin").read_bytes()
+        for total in ("documents", "tokens", "bytes"):
+            assert getattr(made.splits[name], total) == getattr(whole.splits[name], total)
+
+
+def test_documents_do_not_span_shards(rotated: DataConfig) -> None:
+    made = read_manifest(Path(rotated.dir))
+    for shard in made.splits["train"].shards:
+        tokens = np.fromfile(Path(rotated.dir) / f"{shard.name}.bin", "<u2")
+        assert tokens[-1] == made.tokenizer.eod_id
+        assert int((tokens == made.tokenizer.eod_id).sum()) == shard.documents
+
+
+def test_the_stream_over_shards_equals_that_over_one(
+    rotated: DataConfig, small_corpus: DataConfig
+) -> None:
+    """Windows that cross a border between shards are among them."""
+    streams = []
+    for config in (rotated, small_corpus):
+        folder = Path(config.dir)
+        reader = SplitReader(folder, read_manifest(folder), "train", 16)
+        streams.append(TrainStream(reader, batch_size=4, seed=1))
+    many, one = streams
+    assert len(many.reader.shards) > len(one.reader.shards) == 1
+    assert any(start % 16 for start in many.reader.starts[1:-1])
+    for _ in range(2 * one.reader.num_windows // 4):
+        got, wanted = next(many), next(one)
+        assert got.tokens_BS.equal(wanted.tokens_BS)
+        assert got.labels_BS.equal(wanted.labels_BS)
 
 
 def test_another_tokenizer_beside_the_shards_is_noticed(
@@ -137,51 +514,3 @@ def test_a_full_disk_is_one_line(tmp_path: Path, data_config: DataConfig) -> Non
     with pytest.raises(DataError, match=r"cannot write to .*No space left on device"):
         prepare(data_config.model_copy(update={"dir": str(tmp_path)}), VOCAB_SIZE, silent)
     assert not (tmp_path / "manifest.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        ([], "the corpus is empty"),
-        ([""], "the corpus is empty"),
-        (["one document is not two splits"], "give more text"),
-    ],
-)
-def test_too_little_text_is_refused(tmp_path: Path, texts: list[str], message: str) -> None:
-    path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    config = DataConfig(dir=str(tmp_path / "data"), source=FilesSource(paths=(str(path),)))
-    with pytest.raises(DataError, match=message):
-        prepare(config, VOCAB_SIZE, silent)
-    assert not (tmp_path / "data" / "manifest.json").exists()
-
-
-def test_a_stream_does_not_notice_shard_borders(
-    data_config: DataConfig,
-    manifest: Manifest,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 5_000)
-    config = data_config.model_copy(update={"dir": str(tmp_path)})
-    many = prepare(config, VOCAB_SIZE, silent)
-    assert len(many.splits["train"].shards) > 3
-    assert read_manifest(tmp_path) == many
-    one_reader = SplitReader(Path(data_config.dir), manifest, "train", 100)
-    many_reader = SplitReader(tmp_path, many, "train", 100)
-    assert one_reader.num_windows == many_reader.num_windows
-    for number in range(one_reader.num_windows):
-        assert np.array_equal(one_reader.window(number), many_reader.window(number))
-
-
-def test_the_tokenizer_can_be_given(
-    data_config: DataConfig, manifest: Manifest, tmp_path: Path
-) -> None:
-    """A loaded tokenizer gives the same shards as the training that made it."""
-    path = str(Path(data_config.dir) / "tokenizer.json")
-    tree = data_config.model_dump() | {"dir": str(tmp_path), "tokenizer": {"path": path}}
-    given = prepare(DataConfig.model_validate(tree), VOCAB_SIZE, silent)
-    assert given.splits == manifest.splits
-    assert given.tokenizer == manifest.tokenizer
-    hashes = Counter(shard.sha256 for split in given.splits.values() for shard in split.shards)
-    assert max(hashes.values()) == 1
