@@ -48,16 +48,17 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     train(training)
     again = shlex.join(["moebius", "train", arguments.config, *arguments.overrides])
     folder = training.folder
+    interrupted = training.step < config.train.num_steps
     lines = [f"curves:   tensorboard --logdir {folder / 'tensorboard'}"]
-    if training.stop_signal is None:
+    if interrupted:
+        lines.append(f"stopped at step {training.step} of {config.train.num_steps}")
+    else:
         lines.append(f"generate: moebius generate {folder} --prompt 'def '")
         lines.append(f"evaluate: moebius evaluate {folder}")
-    else:
-        lines.append(f"stopped at step {training.step} of {config.train.num_steps}")
     lines.append(f"resume:   {again}   (continues after step {training.step} from {folder})")
     for line in lines:
         _print(console, line)
-    return 0 if training.stop_signal is None else SIGNAL_EXIT_BASE + training.stop_signal
+    return SIGNAL_EXIT_BASE + (training.stop_signal or 0) if interrupted else 0
 
 
 def _print(console: Console, line: str) -> None:
