@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -155,13 +157,31 @@ def check_same_run(config: RunConfig, found: RunConfig, where: Path) -> None:
         )
 
 
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep a run folder to this process; two would delete each other's checkpoints.
+
+    Raises CheckpointError where another process trains there. The lock ends with the process,
+    however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"run_dir: '{folder}' is being trained by another process",
+                "wait for it, stop it, or choose another run_dir",
+            ) from None
+        yield
+
+
 def claim_folder(config: RunConfig) -> None:
     """Write the resolved config into the run folder, whose owner it is from now on.
 
     The corpus is named by its absolute path, so that commands find it from any working directory.
     """
     path = Path(config.run_dir) / CONFIG_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
     tree = config.model_dump(mode="json")
     tree["data"]["dir"] = os.path.abspath(config.data.dir)
     temporary = path.with_suffix(".tmp")

@@ -314,5 +314,5 @@ def test_auxiliary_loss_is_the_cross_entropy_over_the_candidates() -> None:
                 target = float(t in index[b].tolist())
                 p = logit.sigmoid()
                 terms.append(-(target * p.log() + (1 - target) * (1 - p).log()))
-        total += float(torch.stack(terms).mean())
+        total += torch.stack(terms).mean().item()
     assert float(ledger.losses["depth"]) == pytest.approx(0.5 * 0.25 * total, rel=1e-9)

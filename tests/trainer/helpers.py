@@ -19,7 +19,7 @@ from moebius.trainer.callbacks.metrics import MetricsCallback
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
 from moebius.trainer.config import RunConfig
 from moebius.trainer.loop import train
-from moebius.trainer.run import Run, check_folder, claim_folder
+from moebius.trainer.run import Run, check_folder, claim_folder, lock_folder
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -50,9 +50,10 @@ def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
         CheckpointCallback(),
     ]
     run = Run(config, read_manifest(Path(config.data.dir)), callbacks)
-    run.resume()
-    claim_folder(config)
-    train(run)
+    with lock_folder(run.folder):
+        run.resume()
+        claim_folder(config)
+        train(run)
     return run
 
 

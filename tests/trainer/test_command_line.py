@@ -20,6 +20,7 @@ from moebius.model.cost import forward_flops, visit_costs
 from moebius.model.decoder import Decoder
 from moebius.trainer.config import RunConfig
 from moebius.trainer.config_file import load_config
+from moebius.trainer.run import lock_folder
 from tests.trainer.helpers import error_line, logged, moebius, train_run, write_config
 
 
@@ -257,6 +258,14 @@ def test_run_folder_of_another_config(config_path: Path, trained: Path) -> None:
     line = error_line(result)
     assert "belongs to another config" in line
     assert "train.num_steps: 4 -> 6" in line
+
+
+def test_two_processes_in_one_run_folder(config_path: Path, run_config: RunConfig) -> None:
+    with lock_folder(Path(run_config.run_dir)):
+        result = moebius("train", config_path)
+    assert result.returncode == 4
+    assert "is being trained by another process" in error_line(result)
+    assert moebius("train", config_path, "train.num_steps=3").returncode == 0
 
 
 def test_damaged_checkpoint(config_path: Path, trained: Path, tmp_path: Path) -> None:

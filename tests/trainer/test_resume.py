@@ -129,6 +129,7 @@ def test_a_folder_of_another_config_is_refused_with_the_difference(
     run_tree: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
+    folder.mkdir()
     claim_folder(config_in(run_tree, folder))
     check_folder(config_in(run_tree, folder, log={"interval": 5}))
     with pytest.raises(CheckpointError) as caught:

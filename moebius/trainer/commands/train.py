@@ -16,7 +16,7 @@ from moebius.trainer.callbacks.metrics import MetricsCallback
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
 from moebius.trainer.config_file import load_config
 from moebius.trainer.loop import train
-from moebius.trainer.run import Run, check_folder, claim_folder
+from moebius.trainer.run import Run, check_folder, claim_folder, lock_folder
 
 SIGNAL_EXIT_BASE = 128
 
@@ -43,9 +43,11 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         CheckpointCallback(),
     ]
     training = Run(config, manifest, callbacks)
-    training.resume()
-    claim_folder(config)  # only now: a run that could not be built leaves no trace
-    train(training)
+    # Only now: a run that could not be built leaves no trace in the folder.
+    with lock_folder(training.folder):
+        training.resume()
+        claim_folder(config)
+        train(training)
     again = shlex.join(["moebius", "train", arguments.config, *arguments.overrides])
     folder = training.folder
     interrupted = training.step < config.train.num_steps
