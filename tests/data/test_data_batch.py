@@ -53,27 +53,17 @@ def test_labels_are_the_tokens_that_follow(rows: int, length: int, share: float,
 
 
 @pytest.mark.parametrize(("rows", "length", "share", "seed"), [*CASES, (1, 1, 0.5, 9)])
-def test_positions_equal_those_counted_token_by_token(
+def test_documents_and_positions_equal_those_counted_token_by_token(
     rows: int, length: int, share: float, seed: int
 ) -> None:
+    """Documents up to the number of the first: what counts is which tokens share one."""
     windows = random_windows(rows, length, share, seed)
     batch = make_batch(windows, EOD)
     for row in range(rows):
-        _, positions = naive_row(windows[row, :-1].tolist())
-        assert batch.positions_BS[row].tolist() == positions
-
-
-@pytest.mark.parametrize(("rows", "length", "share", "seed"), [*CASES, (1, 1, 0.5, 9)])
-def test_documents_equal_those_counted_token_by_token(
-    rows: int, length: int, share: float, seed: int
-) -> None:
-    """Up to the number of the first: what counts is which tokens share a document."""
-    windows = random_windows(rows, length, share, seed)
-    batch = make_batch(windows, EOD)
-    for row in range(rows):
-        documents, _ = naive_row(windows[row, :-1].tolist())
+        documents, positions = naive_row(windows[row, :-1].tolist())
         segments = batch.segment_ids_BS[row]
         assert (segments - segments[0]).tolist() == documents
+        assert batch.positions_BS[row].tolist() == positions
 
 
 def test_documents_are_numbered_from_0_where_a_row_starts_inside_one() -> None:

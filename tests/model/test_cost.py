@@ -54,11 +54,13 @@ def test_forward_flops_equal_the_counter(name: str) -> None:
     assert forward_flops(executor.decoder, ROWS, LENGTH, rows) == counted
 
 
-def test_training_costs_three_forward_passes() -> None:
-    """The products of the first layer's inputs to the embedding are free; all else is counted."""
-    executor = build(torch.float64, **CASES["dense"])
-    counted, _ = counted_flops(executor, backward=True)
-    assert training_flops(executor.decoder, ROWS, LENGTH) == pytest.approx(counted, rel=0.01)
+@pytest.mark.parametrize("name", CASES)
+def test_training_costs_three_forward_passes(name: str) -> None:
+    """Each product costs two more backward, exactly: every input on the way needs its gradient."""
+    executor = build(torch.float64, **CASES[name])
+    counted, ledger = counted_flops(executor, backward=True)
+    rows = ffn_rows(executor.decoder.config, ledger)
+    assert training_flops(executor.decoder, ROWS, LENGTH, rows) == counted
 
 
 def test_nominal_cost_sends_as_many_assignments_as_possible_to_ffn_experts() -> None:
