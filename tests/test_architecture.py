@@ -15,7 +15,7 @@ ALLOWED = {
     "parallel": {"model", "kernels"},
     "trainer": {"kernels", "model", "data", "parallel"},
 }
-SHARED = {"errors", "config"}
+SHARED = {"errors", "config", "files"}
 """modules at the top of the package, which every room but `kernels` may use"""
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from moebius.config import ConfigNode
 from moebius.errors import DataError
+from moebius.files import file_sha256
 
 MANIFEST_NAME = "manifest.json"
 
@@ -97,9 +98,3 @@ def read_manifest(folder: Path) -> Manifest:
             "delete the folder to rebuild",
         )
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -15,13 +14,13 @@ from moebius.data.manifest import (
     Manifest,
     Split,
     TokenizerEntry,
-    file_sha256,
     read_manifest,
 )
 from moebius.data.shards import ShardWriter
 from moebius.data.sources import Document, documents
 from moebius.data.tokenizer import count_ids, eod_id, load_tokenizer, train_tokenizer
 from moebius.errors import DataError
+from moebius.files import file_sha256, write_whole
 
 TOKENIZER_BYTES = 20_000_000
 """text a tokenizer is trained on; more changes a vocabulary of this size little"""
@@ -67,9 +66,7 @@ def prepare(config: DataConfig, vocab_size: int, report: Callable[[str], None]) 
         splits=splits,
     )
     # A corpus without a manifest is an unfinished one: it is made again from the start.
-    temporary = folder / f"{MANIFEST_NAME}.tmp"
-    temporary.write_text(manifest.model_dump_json(indent=1))
-    os.replace(temporary, folder / MANIFEST_NAME)
+    write_whole(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
     return manifest
 
 

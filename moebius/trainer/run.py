@@ -15,6 +15,7 @@ from moebius.data.manifest import Manifest
 from moebius.data.stream import SplitReader, TrainStream
 from moebius.data.tokenizer import load_tokenizer, token_bytes
 from moebius.errors import CheckpointError, DataError, LayoutError
+from moebius.files import write_whole
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor
 from moebius.model.parameters import initialize
@@ -184,6 +185,4 @@ def claim_folder(config: RunConfig) -> None:
     path = Path(config.run_dir) / CONFIG_NAME
     tree = config.model_dump(mode="json")
     tree["data"]["dir"] = os.path.abspath(config.data.dir)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(tree, sort_keys=False))
-    os.replace(temporary, path)
+    write_whole(path, yaml.safe_dump(tree, sort_keys=False))

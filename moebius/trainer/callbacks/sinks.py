@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, TextIO
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from moebius.files import write_whole
 from moebius.trainer.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ class JsonlSink(Callback):
         if path.exists():
             lines = path.read_text(errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= run.step] if run.step else []
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(temporary, path)
+            write_whole(path, "".join(f"{line}\n" for line in kept))
         self.file = path.open("a")
 
     def on_metrics(self, run: Run, metrics: dict[str, float]) -> None:

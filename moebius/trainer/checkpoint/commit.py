@@ -1,12 +1,12 @@
 """What makes a folder a checkpoint: a commit record, written last, that vouches for each file."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 from moebius.config import ConfigNode
 from moebius.errors import CheckpointError
+from moebius.files import file_sha256, sync, write_whole
 
 RECORD_NAME = "commit.json"
 
@@ -42,19 +42,16 @@ def seal(folder: Path, record: CommitRecord) -> None:
     """Force every file in `folder` to disk, then write the record with their sizes and hashes."""
     files = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
-        files[path.name] = FileEntry(size=path.stat().st_size, sha256=_sha256(path))
-    temporary = folder / f"{RECORD_NAME}.tmp"
-    temporary.write_text(record.model_copy(update={"files": files}).model_dump_json(indent=1))
-    _sync(temporary)
-    os.replace(temporary, folder / RECORD_NAME)
-    _sync(folder)
+        sync(path)
+        files[path.name] = FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
+    sealed = record.model_copy(update={"files": files})
+    write_whole(folder / RECORD_NAME, sealed.model_dump_json(indent=1))
 
 
 def publish(folder: Path, final: Path) -> None:
     """Give a sealed folder its name; the rename is the moment from which the checkpoint exists."""
     os.replace(folder, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def read_record(folder: Path) -> CommitRecord:
@@ -77,19 +74,6 @@ def read_record(folder: Path) -> CommitRecord:
                 f"checkpoint '{folder}': {name} has {file.stat().st_size} bytes, "
                 f"{entry.size} were committed"
             )
-        if _sha256(file) != entry.sha256:
+        if file_sha256(file) != entry.sha256:
             raise CheckpointError(f"checkpoint '{folder}': {name} was changed after its commit")
     return record
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
