@@ -1,8 +1,8 @@
 """What every room's configuration is made of: frozen, strict nodes and rules that span fields."""
 
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag
 
 
 class ConfigNode(BaseModel):
@@ -23,3 +23,24 @@ class Problem(NamedTuple):
 
     path: str
     message: str
+
+
+def shape_of(value: Any) -> str:
+    """Tag of a value that may be written as a number, a list or a mapping.
+
+    Chosen by its shape, a wrong value is one error and not one for each way to write it. Tags in
+    parentheses are left out of the paths that errors name.
+    """
+    if isinstance(value, list | tuple):
+        return LIST.tag
+    return MAPPING.tag if isinstance(value, dict | BaseModel) else NUMBER.tag
+
+
+NUMBER, LIST, MAPPING = Tag("(number)"), Tag("(list)"), Tag("(mapping)")
+ByShape = Discriminator(shape_of)
+IntPerLayer = Annotated[
+    Annotated[PositiveInt, NUMBER]
+    | Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1), LIST],
+    ByShape,
+]
+"""one number for all layers, or a list with one per unique layer"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors `[B, S]`, int64."""
+    """Tensors, int64; `[B, S]` but for the last."""
 
     tokens_BS: Tensor
     labels_BS: Tensor
@@ -21,6 +21,8 @@ class Batch:
     """which document of the row; goes up by one where a document begins"""
     positions_BS: Tensor
     """position in the document, from 0 at its start or at the row's"""
+    sample_ids_B: Tensor
+    """number of each row's sample in its stream"""
 
     @property
     def num_tokens(self) -> int:
@@ -36,12 +38,12 @@ class Batch:
         parts = zip(*(tensor.split(rows) for tensor in self._tensors()), strict=True)
         return [Batch(*tensors) for tensors in parts]
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.tokens_BS, self.labels_BS, self.segment_ids_BS, self.positions_BS
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
-def make_batch(windows: NDArray[np.int64], eod_id: int) -> Batch:
-    """Inputs and labels of windows `[B, S + 1]`.
+def make_batch(windows: NDArray[np.int64], eod_id: int, first_sample: int = 0) -> Batch:
+    """Inputs and labels of windows `[B, S + 1]`, which are consecutive samples of a stream.
 
     An end-of-document token is the last label of its document and the first input of the next one,
     whose beginning it thus predicts from itself alone: every label counts and attention need not
@@ -51,5 +53,7 @@ def make_batch(windows: NDArray[np.int64], eod_id: int) -> Batch:
     is_start = tokens == eod_id
     column = np.arange(tokens.shape[1])
     last_start = np.maximum.accumulate(np.where(is_start, column, 0), axis=1)
-    arrays = (tokens, windows[:, 1:], np.cumsum(is_start, axis=1), column - last_start)
+    sample_ids = first_sample + np.arange(len(windows))
+    documents, positions = np.cumsum(is_start, axis=1), column - last_start
+    arrays = (tokens, windows[:, 1:], documents, positions, sample_ids)
     return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))

@@ -83,7 +83,7 @@ class TrainStream:
         samples = range(self.position, self.position + self.batch_size)
         windows = np.stack([self.reader.window(self._window_of(sample)) for sample in samples])
         self.position += self.batch_size
-        return make_batch(windows, self.reader.eod_id)
+        return make_batch(windows, self.reader.eod_id, samples.start)
 
     def _window_of(self, sample: int) -> int:
         epoch, number = divmod(sample, self.reader.num_windows)
@@ -95,7 +95,8 @@ def validation_batches(reader: SplitReader, batch_size: int, num_batches: int) -
     end = min(reader.num_windows, batch_size * num_batches)
     for start in range(0, end, batch_size):
         numbers = range(start, min(start + batch_size, end))
-        yield make_batch(np.stack([reader.window(number) for number in numbers]), reader.eod_id)
+        windows = np.stack([reader.window(number) for number in numbers])
+        yield make_batch(windows, reader.eod_id, start)
 
 
 def permuted(number: int, size: int, key: str) -> int:

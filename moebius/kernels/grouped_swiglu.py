@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from moebius.kernels.grouped_linear import grouped_linear
 
 
 def grouped_swiglu(
@@ -18,22 +18,10 @@ def grouped_swiglu(
     Rows `ends[e-1]:ends[e]` belong to expert e; a group may be empty. The router weight is folded
     into the activation before the second product: one pass over F instead of D channels, and its
     gradient needs no stored output. Forward FLOPs: `6 * R * D * F`.
-
-    Under autocast the products run in its dtype (`grouped_mm` does not cast by itself). What
-    `grouped_mm` refuses takes `grouped_swiglu_reference`: float64, and rows of D or F elements
-    that are no multiple of 16 bytes.
     """
-    device = rows_RD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows_RD.dtype
-    _, hidden, width = down_EDF.shape
-    aligned = hidden * dtype.itemsize % 16 == 0 and width * dtype.itemsize % 16 == 0
-    if dtype not in GROUPED_MM_DTYPES or not aligned:
-        return grouped_swiglu_reference(rows_RD, weights_R, gate_up_E2FD, down_EDF, ends_E)
-    rows_RD, gate_up_E2FD, down_EDF = (t.to(dtype) for t in (rows_RD, gate_up_E2FD, down_EDF))
-    gate_up = F.grouped_mm(rows_RD, gate_up_E2FD.transpose(1, 2), offs=ends_E)
-    gate, up = gate_up.chunk(2, dim=-1)
-    activation_RF = F.silu(gate) * up * weights_R.to(dtype).unsqueeze(1)
-    return F.grouped_mm(activation_RF, down_EDF.transpose(1, 2), offs=ends_E)
+    gate, up = grouped_linear(rows_RD, gate_up_E2FD, ends_E).chunk(2, dim=-1)
+    activation_RF = F.silu(gate) * up * weights_R.to(gate.dtype).unsqueeze(1)
+    return grouped_linear(activation_RF, down_EDF, ends_E)
 
 
 def grouped_swiglu_reference(

@@ -1,35 +1,60 @@
-"""One layer: pre-norm attention, then a pre-norm feed-forward of any kind."""
+"""One layer: pre-norm attention and a pre-norm feed-forward, each dense or routed."""
 
 from torch import Tensor
 
 from moebius.model.attention import Attention
-from moebius.model.config import DenseConfig, ModelConfig
+from moebius.model.config import AttentionConfig, DenseConfig, ModelConfig
 from moebius.model.context import Carry, DepthContext
 from moebius.model.ffn import SwiGLU
+from moebius.model.mixture_attention import MixtureAttention
+from moebius.model.moe.chain import chain_of_experts
 from moebius.model.moe.layer import MoE
 from moebius.model.parameters import ParameterModule, RMSNorm
+from moebius.model.program import LayerPlace
 
 
 class Block(ParameterModule):
-    """`x + attention(norm(x))`, then `x + ffn(norm(x))`.
+    """`x + attention(norm(x))`, then `x + ffn(norm(x))`; or both beside each other, from one norm.
 
     A block may serve many visits and may be given any subset of a row's tokens: what depends on
-    that arrives in `carry` and `ctx`. `predecessor_experts` is explained in `Router`.
+    that arrives in `carry` and `ctx`.
     """
 
-    def __init__(self, config: ModelConfig, predecessor_experts: int | None) -> None:
+    def __init__(self, config: ModelConfig, place: LayerPlace, pool_name: str) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn: SwiGLU | MoE
-        if isinstance(config.ffn, DenseConfig):
-            self.ffn = SwiGLU(config, config.ffn)
+        hidden, std = config.hidden_size, config.init_std
+        self.is_parallel = config.block == "parallel"
+        self.attention_norm = RMSNorm(hidden, config.norm_eps)
+        self.attention: Attention | MixtureAttention
+        if isinstance(config.attention, AttentionConfig):
+            self.attention = Attention(hidden, config.attention, std)
         else:
-            self.ffn = MoE(config, config.ffn, predecessor_experts)
+            self.attention = MixtureAttention(config, config.attention, place)
+        if not self.is_parallel:
+            self.ffn_norm = RMSNorm(hidden, config.norm_eps)
+        ffn = config.ffn_in(place.index, place.num_layers)
+        self.ffn: SwiGLU | MoE
+        if isinstance(ffn, DenseConfig):
+            self.ffn = SwiGLU(hidden, ffn.intermediate_size, std)
+        else:
+            self.ffn = MoE(config, ffn, place, pool_name)
 
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: DepthContext) -> tuple[Tensor, Carry]:
         """The residual stream and the carry after this visit."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), ctx.tokens)
+        normed_BSD = self.attention_norm(x_BSD)
+        attended_BSD, carry = self.attention(normed_BSD, carry, ctx)
+        if self.is_parallel:
+            update_BSD, carry = self.ffn(normed_BSD, carry, ctx)
+            return x_BSD + attended_BSD + update_BSD, carry
+        x_BSD = x_BSD + attended_BSD
+        if isinstance(self.ffn, MoE) and self.ffn.config.chain is not None:
+            moe = self.ffn
+            return chain_of_experts(
+                x_BSD,
+                carry,
+                self.ffn_norm,
+                lambda x, carry, number: moe(x, carry, ctx, number),
+                self.ffn.config.chain,
+            )
         update_BSD, carry = self.ffn(self.ffn_norm(x_BSD), carry, ctx)
         return x_BSD + update_BSD, carry

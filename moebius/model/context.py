@@ -5,17 +5,23 @@ A layer object serves many visits, so none of this lives in modules: it arrives 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moebius.kernels.attention import document_mask
 from moebius.kernels.depth_select import replace_rows, take_rows
-from moebius.model.program import Site, Visit
+from moebius.model.ledger import Ledger
+from moebius.model.moe.replay import RoutingTable
+from moebius.model.program import Visit
+
+MAX_ROW = 1 << 24
+"""longest row: a token is numbered `sample * MAX_ROW + place in the row`"""
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,23 @@ class TokenContext:
     cos_BSC: Tensor
     """rotary tables at each token's original position, see `rope_tables`"""
     sin_BSC: Tensor
+    sample_ids_B: Tensor
+    """which sample of the training stream each row is, int64"""
+    place_BS: Tensor
+    """where in its full row each token stands, int64, -1 for an empty slot"""
+    row_length: int
+    """slots of the full row"""
     valid_BS: Tensor | None = None
     """false for empty slots; None: every slot holds a token"""
+
+    @classmethod
+    def of_rows(
+        cls, segment_ids_BS: Tensor, cos_BSC: Tensor, sin_BSC: Tensor, sample_ids_B: Tensor
+    ) -> TokenContext:
+        """The context of full rows."""
+        length = segment_ids_BS.shape[1]
+        place = torch.arange(length, device=segment_ids_BS.device).expand_as(segment_ids_BS)
+        return cls(segment_ids_BS, cos_BSC, sin_BSC, sample_ids_B, place, length)
 
     def take(self, index_BK: Tensor) -> TokenContext:
         """The context of the tokens at `index` (ascending, -1 for an empty slot)."""
@@ -36,6 +57,9 @@ class TokenContext:
             segment_ids_BS=self.segment_ids_BS.gather(1, index_BK.clamp(min=0)),
             cos_BSC=take_rows(self.cos_BSC, index_BK),
             sin_BSC=take_rows(self.sin_BSC, index_BK),
+            sample_ids_B=self.sample_ids_B,
+            place_BS=index_BK,
+            row_length=self.row_length,
             valid_BS=index_BK >= 0,
         )
 
@@ -43,6 +67,19 @@ class TokenContext:
     def attention_mask_BSS(self) -> Tensor:
         """See `document_mask`; made once for all layers of a pass."""
         return document_mask(self.segment_ids_BS, self.valid_BS)
+
+    @cached_property
+    def global_ids_T(self) -> Tensor:
+        """A number for each token that no layout changes, int64; randomness is keyed by it."""
+        return (self.sample_ids_B.unsqueeze(1) * MAX_ROW + self.place_BS).flatten()
+
+    @cached_property
+    def document_start_BS(self) -> Tensor:
+        """For each token the slot of its document's first present token in this row."""
+        slot = torch.arange(self.segment_ids_BS.shape[1], device=self.segment_ids_BS.device)
+        begins = torch.ones_like(self.segment_ids_BS, dtype=torch.bool)
+        begins[:, 1:] = self.segment_ids_BS[:, 1:] != self.segment_ids_BS[:, :-1]
+        return (slot * begins).cummax(dim=1).values
 
 
 @dataclass(frozen=True)
@@ -53,70 +90,30 @@ class Carry:
     pipeline stages handle it like the hidden state. Gradients flow through it.
     """
 
-    router_scores_BSN: Tensor | None = None
-    """raw scores of the previous MoE layer (MoE++ gating residual), fp32"""
+    router_states: Mapping[str, Tensor] = field(default_factory=dict)
+    """by sublayer, what its last router passes on to the next, fp32 `[B, S, N]`: raw scores (the
+    gating residual of MoE++) or the state of a recurrent router (RMoE)"""
+
+    def with_state(self, sublayer: str, state_BSN: Tensor) -> Carry:
+        """This carry with another state of one sublayer."""
+        return Carry({**self.router_states, sublayer: state_BSN})
 
     def take(self, index_BK: Tensor) -> Carry:
         """The state of the tokens at `index`."""
-        if self.router_scores_BSN is None:
-            return self
-        return Carry(take_rows(self.router_scores_BSN, index_BK))
+        return Carry({name: take_rows(s, index_BK) for name, s in self.router_states.items()})
 
     def put(self, index_BK: Tensor, new: Carry, length: int) -> Carry:
         """This state with `new` at `index`; tokens that were not selected keep what they had.
 
-        A token that has met no MoE layer yet carries zeros. `length` is the full row's.
+        A token that has met no such router yet carries zeros. `length` is the full row's.
         """
-        if new.router_scores_BSN is None:
-            return self
-        old = self.router_scores_BSN
-        if old is None:
-            rows, _, num_experts = new.router_scores_BSN.shape
-            old = new.router_scores_BSN.new_zeros(rows, length, num_experts)
-        return Carry(replace_rows(old, index_BK, new.router_scores_BSN))
-
-
-class Ledger:
-    """What one forward pass produces besides its output: auxiliary losses and statistics by site.
-
-    Values stay on the device. `share` is this pass's part of all tokens of the optimizer step: it
-    weights auxiliary losses, so that their sum over the micro-batches is a mean over the step.
-    """
-
-    def __init__(self, share: float = 1.0) -> None:
-        self.share = share
-        self.statistics: dict[Site, dict[str, Tensor]] = {}
-        self.losses: dict[str, Tensor] = {}
-
-    def record(self, site: Site, **sums: Tensor) -> None:
-        """Add statistics of a site; they must be sums over tokens, so that passes can be added."""
-        entry = self.statistics.setdefault(site, {})
-        for name, value in sums.items():
-            value = value.detach()
-            entry[name] = entry[name] + value if name in entry else value
-
-    def attach(self, x: Tensor, name: str, loss: Tensor, coefficient: float) -> Tensor:
-        """Return `x` unchanged, with `coefficient * share * loss` added to what is differentiated.
-
-        The loss enters through the backward pass of `x`, so no module has to return it and it
-        reaches the optimizer from wherever in the model it arises.
-        """
-        weight = coefficient * self.share
-        booked = weight * loss.detach()
-        self.losses[name] = self.losses[name] + booked if name in self.losses else booked
-        attached: Tensor = _AttachLoss.apply(x, loss, weight)  # type: ignore[no-untyped-call]
-        return attached
-
-    @classmethod
-    def merge(cls, ledgers: Iterable[Ledger]) -> Ledger:
-        """The ledger of several micro-batches together."""
-        merged = cls()
-        for ledger in ledgers:
-            for site, sums in ledger.statistics.items():
-                merged.record(site, **sums)
-            for name, loss in ledger.losses.items():
-                merged.losses[name] = merged.losses[name] + loss if name in merged.losses else loss
-        return merged
+        states = dict(self.router_states)
+        for name, rows in new.router_states.items():
+            old = states.get(name)
+            if old is None:
+                old = rows.new_zeros(rows.shape[0], length, rows.shape[2])
+            states[name] = replace_rows(old, index_BK, rows)
+        return Carry(states)
 
 
 Mode = Literal["topk", "threshold"]
@@ -130,6 +127,29 @@ class StepContext:
 
     mode: Mode
     ledger: Ledger
+    step: int = 0
+    """optimizer steps done; what is scheduled or random is a function of it"""
+    seed: int = 0
+    """of everything random in the forward pass"""
+    training: bool = False
+    """whether noise, capacities and sampling are on"""
+    recompute: bool = False
+    """whether activations inside sublayers are computed again in the backward pass"""
+    replay: RoutingTable | None = None
+    """decisions that selectors of kind `replay` repeat"""
+
+    def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`function(*inputs)`; with `recompute` its activations are not kept.
+
+        Routers decide outside such a function and hand their decision in: what is computed again
+        is the same, and statistics are taken once.
+        """
+        if not self.recompute or not torch.is_grad_enabled():
+            return function(*inputs)
+        result: Tensor = checkpoint(
+            function, *inputs, use_reentrant=False, preserve_rng_state=False
+        )
+        return result
 
 
 @dataclass(frozen=True)
@@ -139,16 +159,5 @@ class DepthContext:
     visit: Visit
     tokens: TokenContext
     step: StepContext
-
-
-class _AttachLoss(torch.autograd.Function):
-    """Identity on x whose backward also sends `weight` to the loss."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, weight: float) -> Tensor:
-        ctx.weight = torch.full_like(loss, weight)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grads[0], ctx.weight, None
+    shared: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    """modules that several layers use, by name; they belong to the decoder"""

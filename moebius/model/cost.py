@@ -1,16 +1,18 @@
 """What a program costs: floating-point operations of the forward pass, counted exactly.
 
 Counted are matrix products (2 per multiply-add): projections, attention scores over the full
-square of present tokens, experts, routers, head. Training costs three times the forward pass.
+square of present tokens, experts, routers, head. Training costs three times the forward pass, less
+the weight gradients of frozen routers.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moebius.model.block import Block
-from moebius.model.config import MoEConfig
 from moebius.model.decoder import Decoder
-from moebius.model.moe.layer import MoE
+from moebius.model.ffn import SwiGLU
+from moebius.model.mixture_attention import MixtureAttention
+from moebius.model.moe.layer import Executed, MoE
+from moebius.model.moe.losses import SwitchLoss
 from moebius.model.program import Site, Visit, kept_tokens
 
 BACKWARD_PER_FORWARD = 2
@@ -31,57 +33,74 @@ def visit_costs(
     decoder: Decoder,
     num_rows: int,
     sequence_length: int,
-    ffn_rows: Mapping[Site, float] | None = None,
+    executed: Executed | None = None,
 ) -> list[VisitCost]:
-    """Forward FLOPs of every visit, routed as in training (`topk`).
+    """Forward FLOPs of every visit, routed over depth as in training (`topk`).
 
-    `ffn_rows` gives the FFN assignments counted at each MoE site (executed cost); without it as
-    many of the K assignments as possible count as made to FFN experts (nominal cost).
+    `executed` gives the assignments that each expert computed at each site (executed cost); without
+    it every token has its K costliest experts (nominal cost).
     """
     costs = []
+    seen: set[str] = set()
     for segment in decoder.program.segments:
         for capacity, visits in zip(segment.capacities, segment.passes, strict=True):
             length = sequence_length
             if segment.router is not None:
                 length = kept_tokens(capacity, sequence_length)
             for visit in visits:
+                flops = _block_flops(decoder, visit, num_rows, length, seen, executed)
+                costs.append(VisitCost(visit, capacity, length, flops))
                 block = decoder.layers[visit.layer]
                 assert isinstance(block, Block)
-                rows = None if ffn_rows is None else ffn_rows.get(visit.site)
-                flops = block_flops(block, visit, num_rows, length, rows)
-                costs.append(VisitCost(visit, capacity, length, flops))
+                seen |= {"attention"} if isinstance(block.attention, MixtureAttention) else set()
+                seen |= {"ffn"} if isinstance(block.ffn, MoE) else set()
     return costs
 
 
-def block_flops(
-    block: Block, visit: Visit, num_rows: int, length: int, ffn_rows: float | None = None
+def _block_flops(
+    decoder: Decoder,
+    visit: Visit,
+    num_rows: int,
+    length: int,
+    seen: set[str],
+    executed: Executed | None,
 ) -> int:
-    """Forward FLOPs of one visit to a block."""
+    """Forward FLOPs of one visit; `seen` are the sublayers that had a router before it."""
+    block = decoder.layers[visit.layer]
+    assert isinstance(block, Block)
     num_tokens = num_rows * length
-    attention = block.attention.flops(num_rows, length)
-    if not isinstance(block.ffn, MoE):
+    if isinstance(block.attention, MixtureAttention):
+        attention = block.attention.flops(num_rows, length, visit, "attention" in seen, executed)
+    else:
+        attention = block.attention.flops(num_rows, length)
+    if isinstance(block.ffn, SwiGLU):
         return attention + block.ffn.flops(num_tokens)
-    if ffn_rows is None:
-        moe = block.ffn.config
-        ffn_rows = num_tokens * min(moe.router.selector.top_k, moe.count("ffn"))
-    # The carry is empty before the first visit: every block of a decoder has the same kind of FFN.
-    return attention + block.ffn.flops(num_tokens, round(ffn_rows), visit.index > 0)
+    return attention + block.ffn.flops(num_tokens, visit, "ffn" in seen, decoder.shared, executed)
 
 
-def balanced_ffn_rows(decoder: Decoder, num_rows: int, sequence_length: int) -> dict[Site, float]:
-    """FFN assignments at each MoE site where the balance loss is at its minimum.
+def balanced_rows(decoder: Decoder, num_rows: int, sequence_length: int) -> Executed:
+    """Assignments of each expert at each FFN site where the balance loss is at its minimum.
 
-    Their share is `tau*E / (tau*E + Z)` for E FFN and Z zero-computation experts; without a balance
-    loss all experts count as equally loaded.
+    Loads are as 1 to tau for computing and zero-computation experts; without a balance loss all
+    experts count as equally loaded. Attention experts count as equally loaded.
     """
-    moe = decoder.config.ffn
-    if not isinstance(moe, MoEConfig):
-        return {}
-    ffn_load = moe.count("ffn") * (moe.balance.tau if moe.balance else 1.0)
-    share = ffn_load / (ffn_load + moe.num_experts - moe.count("ffn"))
-    per_token = moe.router.selector.top_k * share
-    costs = visit_costs(decoder, num_rows, sequence_length)
-    return {cost.visit.site: num_rows * cost.length * per_token for cost in costs}
+    rows: dict[Site, list[float]] = {}
+    for cost in visit_costs(decoder, num_rows, sequence_length):
+        block = decoder.layers[cost.visit.layer]
+        assert isinstance(block, Block)
+        num_tokens = num_rows * cost.length
+        if isinstance(block.attention, MixtureAttention):
+            config = block.attention.config
+            share = config.num_assignments / config.num_experts
+            rows[cost.visit.site("attention")] = [num_tokens * share] * config.num_experts
+        if isinstance(block.ffn, MoE):
+            moe = block.ffn.config
+            taus = [loss.tau for loss in moe.router.losses if isinstance(loss, SwitchLoss)]
+            load_N = 1 / moe.pool.load_weights(taus[0] if taus else 1.0)
+            load_N = load_N * (num_tokens * moe.num_assignments / load_N.sum())
+            for iteration in range(1, moe.iterations + 1):
+                rows[cost.visit.site("ffn", iteration)] = load_N.tolist()
+    return rows
 
 
 def depth_router_flops(decoder: Decoder, num_rows: int, sequence_length: int) -> int:
@@ -101,11 +120,11 @@ def forward_flops(
     decoder: Decoder,
     num_rows: int,
     sequence_length: int,
-    ffn_rows: Mapping[Site, float] | None = None,
+    executed: Executed | None = None,
 ) -> int:
-    """Forward FLOPs of `num_rows` full rows: executed with `ffn_rows`, else nominal."""
+    """Forward FLOPs of `num_rows` full rows: executed ones with `executed`, else nominal."""
     return (
-        sum(cost.flops for cost in visit_costs(decoder, num_rows, sequence_length, ffn_rows))
+        sum(cost.flops for cost in visit_costs(decoder, num_rows, sequence_length, executed))
         + depth_router_flops(decoder, num_rows, sequence_length)
         + decoder.head_flops(num_rows * sequence_length)
     )
@@ -115,8 +134,8 @@ def training_flops(
     decoder: Decoder,
     num_rows: int,
     sequence_length: int,
-    ffn_rows: Mapping[Site, float] | None = None,
+    executed: Executed | None = None,
 ) -> int:
     """FLOPs of forward and backward together."""
-    forward = forward_flops(decoder, num_rows, sequence_length, ffn_rows)
+    forward = forward_flops(decoder, num_rows, sequence_length, executed)
     return forward * (1 + BACKWARD_PER_FORWARD)

@@ -1,6 +1,7 @@
 """The decoder: everything that has parameters, arranged by a Program. It does not run itself."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +9,14 @@ from torch import Tensor, nn
 
 from moebius.kernels.rope import rope_tables
 from moebius.model.block import Block
-from moebius.model.config import ModelConfig, MoEConfig
+from moebius.model.config import MixtureAttentionConfig, ModelConfig
+from moebius.model.ledger import Ledger
+from moebius.model.moe.config import MoEConfig, RouterConfig
+from moebius.model.moe.experts import ExpertPool
+from moebius.model.moe.router import Router
+from moebius.model.moe.scorers import ROUTER_GRU, GRUScorerConfig, RouterGRU
 from moebius.model.parameters import Linear, ParameterModule, ParameterSpec, RMSNorm, Role
-from moebius.model.program import Program, Site, build_program
+from moebius.model.program import LayerPlace, Program, Site, build_program
 from moebius.model.recursion.router import DepthRouter
 
 
@@ -29,7 +35,7 @@ class Embedding(ParameterModule):
 
 
 class Decoder(ParameterModule):
-    """Embedding, unique layers, depth routers, final norm and head of one model.
+    """Embedding, unique layers, what several layers use, depth routers, final norm and head.
 
     Parameter names hold unique-layer names and global expert ids, never visits: a layer that is
     used N_r times is stored once.
@@ -40,10 +46,12 @@ class Decoder(ParameterModule):
         self.config = config
         self.program: Program = build_program(config.depth)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, config.init_std)
-        predecessors = _predecessor_experts(config, self.program)
+        places = layer_places(config, self.program)
+        pools = pool_names(config, places)
         self.layers = nn.ModuleDict(
-            {name: Block(config, predecessors[name]) for name in self.program.layers}
+            {name: Block(config, place, pools[name]) for name, place in places.items()}
         )
+        self.shared = _shared_modules(config, places, pools)
         # One list, because at most one segment of a program is routed (`depth_router_rules`).
         self.depth_routers = nn.ModuleList(
             DepthRouter(config, segment.router, capacity, Site("depth", number + 1))
@@ -72,17 +80,60 @@ class Decoder(ParameterModule):
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         return F.cross_entropy(logits_TV, labels_BS.flatten(), reduction="sum")
 
+    def update_routers(self, ledger: Ledger, step: int) -> None:
+        """Let every router learn from the statistics of a whole step, see `Router.update`."""
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.update(ledger, step)
+
     def head_flops(self, num_tokens: int) -> int:
         """Forward FLOPs of the output head, tied or not."""
         return 2 * num_tokens * math.prod(self.embedding.weight.shape)
 
 
-def _predecessor_experts(config: ModelConfig, program: Program) -> dict[str, int | None]:
-    """For each unique layer, the size of the MoE pool that comes before it in any of its visits."""
-    num_experts = config.ffn.num_experts if isinstance(config.ffn, MoEConfig) else None
+def layer_places(config: ModelConfig, program: Program) -> dict[str, LayerPlace]:
+    """Where each unique layer stands, and how many experts the routers before it score."""
+    names = program.layers
+    predecessors: dict[str, dict[str, int]] = {name: {} for name in names}
+    last: dict[str, int] = {}
+    for visit in program.visits:
+        predecessors[visit.layer] |= last
+        if isinstance(config.attention, MixtureAttentionConfig):
+            last["attention"] = config.attention.num_experts
+        ffn = config.ffn_in(names.index(visit.layer), len(names))
+        if isinstance(ffn, MoEConfig):
+            last["ffn"] = ffn.num_experts
     return {
-        layer: num_experts
-        if any(v.index > 0 and v.layer == layer for v in program.visits)
-        else None
-        for layer in program.layers
+        name: LayerPlace(name, index, len(names), program.num_depths(name), predecessors[name])
+        for index, name in enumerate(names)
     }
+
+
+def pool_names(config: ModelConfig, places: Mapping[str, LayerPlace]) -> dict[str, str]:
+    """For each unique layer the name of the pool that it would share with its neighbours."""
+    if not isinstance(config.ffn, MoEConfig):
+        return dict.fromkeys(places, "")
+    names, number = {}, 0
+    for name, place in places.items():
+        names[name] = f"experts_{number // config.ffn.reuse}"
+        number += isinstance(config.ffn_in(place.index, place.num_layers), MoEConfig)
+    return names
+
+
+def _shared_modules(
+    config: ModelConfig, places: Mapping[str, LayerPlace], pools: Mapping[str, str]
+) -> nn.ModuleDict:
+    """Modules that several layers use: recurrent units of routers, pools of reused experts."""
+    shared: dict[str, nn.Module] = {}
+    routers: dict[str, RouterConfig | None] = {
+        "attention": getattr(config.attention, "router", None),
+        "ffn": getattr(config.ffn, "router", None),
+    }
+    for sublayer, router in routers.items():
+        if router is not None and isinstance(router.scorer, GRUScorerConfig):
+            shared[f"{sublayer}_{ROUTER_GRU}"] = RouterGRU(router.scorer, router.frozen)
+    for name, place in places.items():
+        ffn = config.ffn_in(place.index, place.num_layers)
+        if isinstance(ffn, MoEConfig) and ffn.reuse > 1 and pools[name] not in shared:
+            shared[pools[name]] = ExpertPool(config.hidden_size, ffn, config.init_std)
+    return nn.ModuleDict(shared)

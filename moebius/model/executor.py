@@ -1,15 +1,16 @@
 """Running a Program in one process: the definition that every parallel executor must reproduce."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from moebius.kernels.depth_select import add_rows, take_rows
-from moebius.model.context import Carry, DepthContext, Ledger, StepContext, TokenContext
+from moebius.model.context import Carry, DepthContext, StepContext, TokenContext
 from moebius.model.decoder import Decoder
+from moebius.model.ledger import Ledger
 from moebius.model.program import Segment, Visit
 from moebius.model.recursion.router import DepthRouter
 
@@ -33,6 +34,10 @@ class TokenBatch(Protocol):
     def positions_BS(self) -> Tensor:
         """The position of each token in its document."""
 
+    @property
+    def sample_ids_B(self) -> Tensor:
+        """Which sample of the training stream each row is."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -54,17 +59,22 @@ class LocalExecutor:
         self.decoder = decoder
         self.autocast_dtype = autocast_dtype
 
-    def accumulate_gradients(self, micro_batches: Sequence[TokenBatch]) -> StepResult:
+    def accumulate_gradients(
+        self, micro_batches: Sequence[TokenBatch], step: StepContext | None = None
+    ) -> StepResult:
         """Add to the parameters the gradients of the mean loss over all micro-batches' labels.
 
         However a batch is cut into micro-batches, the sum is the same: every loss is divided by
-        counts over the whole step, known before the first backward pass.
+        counts over the whole step, known before the first backward pass. `step` says how to run
+        them; its own ledger stays empty, each micro-batch has one with its share of the labels.
         """
+        step = step or StepContext("topk", Ledger(), training=True)
         num_labels = sum(batch.labels_BS.numel() for batch in micro_batches)
         ledgers, losses = [], []
         for batch in micro_batches:
-            ledger = Ledger(share=batch.labels_BS.numel() / num_labels)
-            loss = self.loss_sum(batch, StepContext("topk", ledger)) / num_labels
+            share = batch.labels_BS.numel() / num_labels
+            ledger = Ledger(share, keep_routings=step.ledger.keep_routings)
+            loss = self.loss_sum(batch, replace(step, ledger=ledger)) / num_labels
             loss.backward()
             losses.append(loss.detach())
             ledgers.append(ledger)
@@ -84,7 +94,9 @@ class LocalExecutor:
         """The normalised final hidden states, `[B, S, D]`."""
         decoder = self.decoder
         x_BSD = decoder.embedding(batch.tokens_BS)
-        tokens = TokenContext(batch.segment_ids_BS, *decoder.rope(batch.positions_BS))
+        tokens = TokenContext.of_rows(
+            batch.segment_ids_BS, *decoder.rope(batch.positions_BS), batch.sample_ids_B
+        )
         carry = Carry()
         for segment in decoder.program.segments:
             if segment.router is None:
@@ -104,7 +116,7 @@ class LocalExecutor:
         step: StepContext,
     ) -> tuple[Tensor, Carry]:
         for visit in visits:
-            context = DepthContext(visit, tokens, step)
+            context = DepthContext(visit, tokens, step, self.decoder.shared)
             x_BSD, carry = self.decoder.layers[visit.layer](x_BSD, carry, context)
         return x_BSD, carry
 

@@ -25,6 +25,7 @@ class Role(StrEnum):
     ROUTER = "router"
     NORM_IN = "norm_in"
     BIAS = "bias"
+    FROZEN = "frozen"
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,12 @@ class ParameterModule(nn.Module):
         self.parameter_specs: dict[str, ParameterSpec] = {}
 
     def declare(self, name: str, shape: tuple[int, ...], spec: ParameterSpec) -> None:
-        """Make `self.<name>` an uninitialised parameter; `initialize` fills it."""
-        setattr(self, name, nn.Parameter(torch.empty(shape)))
+        """Make `self.<name>` an uninitialised parameter; `initialize` fills it.
+
+        One with the role FROZEN takes no gradient and keeps its initial value.
+        """
+        parameter = nn.Parameter(torch.empty(shape), requires_grad=spec.role is not Role.FROZEN)
+        setattr(self, name, parameter)
         self.parameter_specs[name] = spec
 
 

@@ -1,19 +1,25 @@
 """The unrolled list of visits: which unique layer runs at which depth (DepthConfig -> Program)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moebius.model.config import DepthConfig, DepthRouterConfig
+from moebius.model.recursion.config import DepthConfig, DepthRouterConfig
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A router call site: statistics and losses belong to (module, depth), not to the parameter."""
+    """A router call site: statistics and losses belong to it, not to the parameter.
+
+    `module` names the layer and its sublayer (`layers.1.ffn`), `depth` the pass of a recursion,
+    `iteration` the turn of a chain of experts; both count from 1.
+    """
 
     module: str
     depth: int
+    iteration: int = 1
 
     def __str__(self) -> str:
-        return f"{self.module}@{self.depth}"
+        return f"{self.module}@{self.depth}" + f".{self.iteration}" * (self.iteration > 1)
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,33 @@ class Visit:
     depth: int
     index: int
 
-    @property
-    def site(self) -> Site:
-        """The call site of the layer's router at this visit."""
-        return Site(f"layers.{self.layer}", self.depth)
+    def site(self, sublayer: str, iteration: int = 1) -> Site:
+        """The call site of a sublayer's router at this visit."""
+        return router_site(self.layer, sublayer, self.depth, iteration)
+
+
+def router_site(layer: str, sublayer: str, depth: int, iteration: int) -> Site:
+    """The call site of a sublayer's router."""
+    return Site(f"layers.{layer}.{sublayer}", depth, iteration)
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where a unique layer stands in a program."""
+
+    name: str
+    index: int
+    """number among the unique layers, from 0"""
+    num_layers: int
+    """unique layers"""
+    num_depths: int
+    """how often it is visited"""
+    predecessors: Mapping[str, int]
+    """by sublayer, how many experts the router before it scores; missing where there is none"""
+
+    def site(self, sublayer: str, depth: int, iteration: int = 1) -> Site:
+        """The call site of a sublayer's router."""
+        return router_site(self.name, sublayer, depth, iteration)
 
 
 @dataclass(frozen=True)
@@ -61,6 +90,10 @@ class Program:
     def layers(self) -> tuple[str, ...]:
         """Names of the unique layers, in order of first use."""
         return tuple(dict.fromkeys(visit.layer for visit in self.visits))
+
+    def num_depths(self, layer: str) -> int:
+        """How often a layer is visited."""
+        return max(visit.depth for visit in self.visits if visit.layer == layer)
 
 
 def build_program(depth: DepthConfig) -> Program:

@@ -7,7 +7,9 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from moebius.config import ConfigNode, Problem
 from moebius.data.config import DATA_RULES, DataConfig
-from moebius.model.config import MODEL_RULES, ModelConfig, MoEConfig
+from moebius.model.config import MixtureAttentionConfig, ModelConfig
+from moebius.model.moe.config import MoEConfig, RouterConfig
+from moebius.model.rules import MODEL_RULES
 from moebius.trainer.optim import OptimConfig
 from moebius.trainer.schedules import WSDSchedule
 
@@ -29,6 +31,9 @@ class TrainConfig(ConfigNode):
     """auto: cuda where there is one"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products under autocast; parameters, routers and losses stay in fp32"""
+    recompute: bool = False
+    """compute activations inside attention and feed-forward again in the backward pass instead of
+    keeping them; routers decide once, and the numbers stay the same"""
 
 
 class EvaluationConfig(ConfigNode):
@@ -54,6 +59,9 @@ class LogConfig(ConfigNode):
 
     interval: PositiveInt = 10
     """steps between reports to console, TensorBoard and metrics.jsonl; the first step always"""
+    record_routing: NonNegativeInt = 0
+    """write the experts of every token of so many first steps to `<run_dir>/routing`, for the
+    selector `replay`"""
 
 
 class RunConfig(ConfigNode):
@@ -75,10 +83,9 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
     Left out is what reports or places the run. The corpus is compared by its content instead.
     """
-    train = {"device", "micro_batch_size"}
-    ffn = config.model.ffn
-    if isinstance(ffn, MoEConfig) and ffn.balance and ffn.balance.scope == "micro_batch":
-        train = {"device"}
+    train = {"device", "recompute"}
+    if not any(depends_on_micro_batch(router) for router in routers(config.model)):
+        train.add("micro_batch_size")
     excluded: dict[str, Any] = {
         "run_dir": True,
         "evaluation": True,
@@ -88,6 +95,20 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "data": {"dir", "source", "tokenizer", "validation_fraction"},
     }
     return dict(_leaves(config.model_dump(mode="json", exclude=excluded), ()))
+
+
+def routers(model: ModelConfig) -> Iterator[RouterConfig]:
+    """The configurations of a model's routers over width."""
+    if isinstance(model.attention, MixtureAttentionConfig):
+        yield model.attention.router
+    if isinstance(model.ffn, MoEConfig):
+        yield model.ffn.router
+
+
+def depends_on_micro_batch(router: RouterConfig) -> bool:
+    """Whether some result depends on how a batch is cut."""
+    scopes = [getattr(node, "scope", None) for node in (*router.losses, router.capacity)]
+    return "micro_batch" in scopes
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

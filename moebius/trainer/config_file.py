@@ -233,6 +233,8 @@ def _without_tags(location: KeyPath, tree: Any) -> KeyPath:
     """The path of keys in an error's location, which also names the chosen member of each union."""
     path: list[str | int] = []
     for number, part in enumerate(location):
+        if isinstance(part, str) and part.startswith("("):
+            continue  # a tag of `ByShape`
         last = number == len(location) - 1
         child = _at(tree, (part,))
         if child is not None:

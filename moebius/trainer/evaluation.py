@@ -7,19 +7,26 @@ import torch
 from torch import Tensor
 
 from moebius.data.batch import Batch
-from moebius.model.context import Ledger, Mode, StepContext
+from moebius.model.context import Mode, StepContext
 from moebius.model.executor import LocalExecutor
+from moebius.model.ledger import Ledger
 
 
 @torch.no_grad()
 def evaluate(
-    executor: LocalExecutor, batches: Iterable[Batch], token_bytes_V: Tensor, device: torch.device
+    executor: LocalExecutor,
+    batches: Iterable[Batch],
+    token_bytes_V: Tensor,
+    device: torch.device,
+    step: int,
+    seed: int,
 ) -> dict[str, float]:
     """Mean cross-entropy in nats per token, and in bits per byte of the text that was predicted.
 
     A model that routes over depth is evaluated twice: `eval/loss` selects causally (threshold), as
     generation does; `eval/topk_loss` selects as in training, looking ahead, as published results
-    do. `token_bytes` is the length of each id's text, see `data.tokenizer.token_bytes`.
+    do. `step` and `seed` are the run's: what is scheduled or random in routing follows them.
+    `token_bytes` is the length of each id's text, see `data.tokenizer.token_bytes`.
     """
     modes: dict[str, Mode] = {"": "threshold"}
     if len(executor.decoder.depth_routers):
@@ -31,7 +38,9 @@ def evaluate(
         num_tokens += batch.num_tokens
         num_bytes += int(token_bytes_V[batch.labels_BS].sum())
         for prefix, mode in modes.items():
-            sums[prefix] += float(executor.loss_sum(on_device, StepContext(mode, Ledger())))
+            sums[prefix] += float(
+                executor.loss_sum(on_device, StepContext(mode, Ledger(), step, seed))
+            )
     metrics = {}
     for prefix, total in sums.items():
         metrics[f"eval/{prefix}loss"] = total / num_tokens

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moebius.data.batch import make_batch
-from moebius.model.context import Ledger, StepContext
+from moebius.model.context import StepContext
 from moebius.model.executor import LocalExecutor
 
 
@@ -21,11 +21,13 @@ def generate_ids(
     top_k: int,
     seed: int,
     device: torch.device,
+    step: StepContext,
 ) -> list[int]:
     """New ids after a prompt, up to an end of document (which is not returned).
 
     Every token runs the whole context of at most `context_length` tokens again; depth is selected
-    causally. Temperature 0 takes the most probable token.
+    causally. Temperature 0 takes the most probable token. `step` is the context of a pass with mode
+    `threshold`.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = [eod_id, *prompt_ids]  # a document begins with the end of the one before
@@ -33,7 +35,7 @@ def generate_ids(
     for _ in range(max_new_tokens):
         window = np.asarray([[*ids[-context_length:], eod_id]], dtype=np.int64)
         batch = make_batch(window, eod_id).to(device)
-        logits_BV = executor.next_token_logits(batch, StepContext("threshold", Ledger()))
+        logits_BV = executor.next_token_logits(batch, step)
         token = sample(logits_BV[0].float().cpu(), temperature, top_k, generator)
         if token == eod_id:
             break

@@ -32,10 +32,11 @@ def train_step(run: Run) -> StepReport:
     config = run.config
     batch = next(run.stream).to(run.device)
     micro_batches = batch.split(config.train.micro_batch_size or config.train.batch_size)
-    result = run.executor.accumulate_gradients(micro_batches)
+    result = run.executor.accumulate_gradients(micro_batches, run.step_context)
     grad_norm = clip_grad_norm_(run.decoder.parameters(), config.optim.clip_norm)
     lr = config.optim.lr * lr_ratio(config.optim.schedule, run.step, config.train.num_steps)
     set_lr(run.optimizer, lr)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return StepReport(result.loss, grad_norm, lr, result.ledger)
+    run.decoder.update_routers(result.ledger, run.step)
+    return StepReport(result.loss, grad_norm, lr, result.ledger, batch.sample_ids_B)

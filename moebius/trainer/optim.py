@@ -44,13 +44,14 @@ class OptimConfig(ConfigNode):
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """One parameter group per role, each with its `lr_scale`."""
+    """One parameter group per role, each with its `lr_scale`; frozen parameters are in none."""
     groups: dict[Role, list[nn.Parameter]] = {}
     for _, parameter, spec in named_specs(model):
-        groups.setdefault(spec.role, []).append(parameter)
+        if spec.role is not Role.FROZEN:
+            groups.setdefault(spec.role, []).append(parameter)
     param_groups = []
     for role, parameters in groups.items():
-        options = config.roles.get(role.value, RoleOptions())
+        options = next((o for name, o in config.roles.items() if name == role), RoleOptions())
         decay = options.weight_decay
         if decay is None:
             decay = 0.0 if role in UNDECAYED else config.weight_decay

@@ -16,8 +16,13 @@ from moebius.data.stream import SplitReader, TrainStream
 from moebius.data.tokenizer import load_tokenizer, token_bytes
 from moebius.errors import CheckpointError, DataError, LayoutError
 from moebius.files import write_whole
+from moebius.model.config import ModelConfig
+from moebius.model.context import StepContext
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor
+from moebius.model.ledger import Ledger
+from moebius.model.moe.forced import Replay
+from moebius.model.moe.replay import RoutingTable
 from moebius.model.parameters import initialize
 from moebius.trainer.callbacks.base import Callback
 from moebius.trainer.checkpoint.commit import CommitRecord
@@ -28,9 +33,10 @@ from moebius.trainer.checkpoint.tensors import (
     model_tensors,
     optimizer_tensors,
 )
-from moebius.trainer.config import Device, RunConfig, identity
+from moebius.trainer.config import Device, RunConfig, identity, routers
 from moebius.trainer.config_file import load_config
 from moebius.trainer.optim import build_optimizer
+from moebius.trainer.routing_record import load_routing
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 CONFIG_NAME = "config.yaml"
@@ -76,8 +82,23 @@ class Run:
         )
         self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep)
         self.callbacks = sorted(callbacks, key=lambda callback: callback.priority)
+        self.replay = replay_table(config.model, self.device)
         self.step = 0
         self.stop_signal: int | None = None
+
+    @property
+    def step_context(self) -> StepContext:
+        """How the coming step is to be trained."""
+        config = self.config
+        return StepContext(
+            "topk",
+            Ledger(keep_routings=self.step < config.log.record_routing),
+            step=self.step,
+            seed=config.train.seed,
+            training=True,
+            recompute=config.train.recompute,
+            replay=self.replay,
+        )
 
     def publish(self, metrics: dict[str, float]) -> None:
         """Give numbers of the present step to every callback that shows or stores them."""
@@ -123,6 +144,18 @@ class Run:
         self.stream.position = record.position
         for callback in self.callbacks:
             callback.load_state_dict(record.callbacks.get(callback.name, {}))
+
+
+def replay_table(model: ModelConfig, device: torch.device) -> RoutingTable | None:
+    """The recorded decisions that some router of a model is to repeat."""
+    paths = {
+        router.selector.path for router in routers(model) if isinstance(router.selector, Replay)
+    }
+    tables = [load_routing(Path(path), device) for path in sorted(paths)]
+    if not tables:
+        return None
+    experts = {site: ids for table in tables for site, ids in table.experts.items()}
+    return RoutingTable(tables[0].sample_ids_R, experts)
 
 
 def check_vocabulary(config: RunConfig, manifest: Manifest) -> None:

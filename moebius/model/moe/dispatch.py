@@ -1,39 +1,41 @@
-"""Moving tokens to the experts that own them and back: the seam for expert parallelism."""
+"""Moving tokens to experts and back: the seam for expert parallelism."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moebius.model.moe.routing import Routing
-
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Tokens copied once per FFN assignment, sorted by expert."""
+    """Tokens copied once per dispatched assignment, sorted by expert."""
 
     rows_RD: Tensor
     weights_R: Tensor
     ends_E: Tensor
     """int32; rows `ends[e-1]:ends[e]` go to expert e"""
+    assignment_R: Tensor
+    """which of the T * K assignments each row is"""
     source_R: Tensor
     """token each row came from"""
 
 
 class LocalDispatcher:
-    """All experts live here; an empty or zero-computation assignment makes no row."""
+    """All experts live here; an assignment that is empty or needs no product makes no row."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, num_ffn_experts: int) -> Dispatch:
-        """Sort the FFN assignments by expert (stable: by token inside an expert) and gather."""
-        ids = routing.ids_TK.flatten()
-        assignment_R = ((ids >= 0) & (ids < num_ffn_experts)).nonzero().squeeze(1)
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_dispatched: int
+    ) -> Dispatch:
+        """Sort the assignments to dispatched experts by expert (stable: by token) and gather."""
+        ids = ids_TK.flatten()
+        assignment_R = ((ids >= 0) & (ids < num_dispatched)).nonzero().squeeze(1)
         expert_R, order_R = ids[assignment_R].sort(stable=True)
         assignment_R = assignment_R[order_R]
-        source_R = assignment_R // routing.ids_TK.shape[1]
-        experts = torch.arange(num_ffn_experts, device=ids.device)
+        source_R = assignment_R // ids_TK.shape[1]
+        experts = torch.arange(num_dispatched, device=ids.device)
         ends_E = torch.searchsorted(expert_R, experts, right=True).to(torch.int32)
-        weights_R = routing.weights_TK.flatten()[assignment_R]
-        return Dispatch(x_TD[source_R], weights_R, ends_E, source_R)
+        weights_R = weights_TK.flatten()[assignment_R]
+        return Dispatch(x_TD[source_R], weights_R, ends_E, assignment_R, source_R)
 
     def combine(self, rows_RD: Tensor, dispatch: Dispatch, y_TD: Tensor) -> Tensor:
         """`y` plus each row at the token it came from."""

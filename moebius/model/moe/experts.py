@@ -1,40 +1,126 @@
-"""The expert pool. Global ids: FFN experts first (they alone are ever dispatched), then constant,
-copy and zero experts."""
+"""The expert pool: groups of experts that tokens are sent to, and experts computed in place."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moebius.kernels.grouped_linear import grouped_linear
 from moebius.kernels.grouped_swiglu import grouped_swiglu
+from moebius.kernels.gru import gru_scan
 from moebius.kernels.zero_experts import affine_experts
-from moebius.model.config import ModelConfig, MoEConfig
-from moebius.model.moe.routing import Routing
+from moebius.model.context import TokenContext
+from moebius.model.moe.config import ExpertSpec, MoEConfig
+from moebius.model.moe.dispatch import LocalDispatcher
+from moebius.model.moe.pool import DISPATCHED, PoolShape
 from moebius.model.parameters import ParameterModule, ParameterSpec, Role
 
 
-class FFNExperts(ParameterModule):
-    """E SwiGLU experts; dimension 0 of both weights is the global expert id."""
+class DispatchedExperts(ParameterModule):
+    """A group of experts of one kind and width that rows are sorted for."""
+
+    def __call__(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+        """See `forward`."""
+        outputs: Tensor = super().__call__(rows_RD, weights_R, ends_E)
+        return outputs
+
+    def forward(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+        """Weighted outputs `[R, D]` of rows sorted by expert."""
+        raise NotImplementedError
+
+    def flops_per_row(self) -> int:
+        """Forward FLOPs of one row."""
+        raise NotImplementedError
+
+
+class FFNExperts(DispatchedExperts):
+    """E SwiGLU experts; dimension 0 of both weights is the expert's number in the group."""
 
     gate_up: nn.Parameter
     down: nn.Parameter
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+    def __init__(self, hidden_size: int, count: int, width: int, std: float) -> None:
         super().__init__()
-        (spec,) = (spec for spec in moe.experts if spec.kind == "ffn")
-        if spec.intermediate_size is None:
-            raise ValueError("an ffn expert needs intermediate_size")
-        hidden, width = config.hidden_size, spec.intermediate_size
-        expert = ParameterSpec(Role.EXPERT, std=config.init_std)
-        self.declare("gate_up", (spec.count, 2 * width, hidden), expert)
-        self.declare("down", (spec.count, hidden, width), expert)
+        expert = ParameterSpec(Role.EXPERT, std=std)
+        self.declare("gate_up", (count, 2 * width, hidden_size), expert)
+        self.declare("down", (count, hidden_size, width), expert)
 
     def forward(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
-        """Weighted outputs of rows sorted by expert, see `grouped_swiglu`."""
+        """See `grouped_swiglu`."""
         return grouped_swiglu(rows_RD, weights_R, self.gate_up, self.down, ends_E)
 
-    def flops(self, num_rows: int) -> int:
-        """Forward FLOPs of the three products per routed row."""
+    def flops_per_row(self) -> int:
+        """Three products."""
         _, hidden, width = self.down.shape
-        return 6 * num_rows * hidden * width
+        return 6 * hidden * width
+
+
+class LowRankExperts(DispatchedExperts):
+    """E linear maps `scale * up(down(x))` of low rank (LoRA, arXiv 2106.09685).
+
+    `up` begins with zeros, so at the first step the layer is the one without these experts.
+    """
+
+    down: nn.Parameter
+    up: nn.Parameter
+
+    def __init__(self, hidden_size: int, count: int, rank: int, std: float, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.declare("down", (count, rank, hidden_size), ParameterSpec(Role.EXPERT, std=std))
+        self.declare("up", (count, hidden_size, rank), ParameterSpec(Role.EXPERT))
+
+    def forward(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+        """Two grouped products, the weight folded in between."""
+        inner = grouped_linear(rows_RD, self.down, ends_E)
+        inner = inner * (self.scale * weights_R).to(inner.dtype).unsqueeze(1)
+        return grouped_linear(inner, self.up, ends_E)
+
+    def flops_per_row(self) -> int:
+        """Two products."""
+        _, hidden, rank = self.up.shape
+        return 4 * hidden * rank
+
+
+class GRUExpert(ParameterModule):
+    """A recurrent unit over the tokens of a document (Hecto, arXiv 2506.22919), projected back.
+
+    It needs the tokens in order, so it cannot stand behind a dispatcher: it is computed for all
+    tokens and weighted, 0 where it was not chosen.
+    """
+
+    input_weight: nn.Parameter
+    state_weight: nn.Parameter
+    input_bias: nn.Parameter
+    state_bias: nn.Parameter
+    out: nn.Parameter
+
+    def __init__(self, hidden_size: int, state_size: int, std: float) -> None:
+        super().__init__()
+        self.declare(
+            "input_weight", (3 * state_size, hidden_size), ParameterSpec(Role.MATRIX, std=std)
+        )
+        recurrent = ParameterSpec(Role.MATRIX, std=(3 * state_size) ** -0.5)
+        self.declare("state_weight", (3 * state_size, state_size), recurrent)
+        self.declare("input_bias", (3 * state_size,), ParameterSpec(Role.BIAS))
+        self.declare("state_bias", (3 * state_size,), ParameterSpec(Role.BIAS))
+        self.declare("out", (hidden_size, state_size), ParameterSpec(Role.MATRIX, std=std))
+
+    def forward(self, x_TD: Tensor, tokens: TokenContext) -> Tensor:
+        """Outputs of all tokens, `[T, D]`."""
+        gates = F.linear(x_TD, self.input_weight, self.input_bias)
+        segments_BS = tokens.segment_ids_BS
+        states = gru_scan(
+            gates.unflatten(0, segments_BS.shape), segments_BS, self.state_weight, self.state_bias
+        )
+        return F.linear(states.flatten(0, 1), self.out)
+
+    def flops_per_row(self) -> int:
+        """Input, state and output products."""
+        return 2 * (self.input_weight.numel() + self.state_weight.numel() + self.out.numel())
 
 
 class ZeroComputationExperts(ParameterModule):
@@ -43,32 +129,122 @@ class ZeroComputationExperts(ParameterModule):
     mix: nn.Parameter
     constants: nn.Parameter
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+    def __init__(self, hidden_size: int, pool: PoolShape, std: float) -> None:
         super().__init__()
-        self.first_constant = moe.count("ffn")
-        self.first_copy = self.first_constant + moe.count("constant")
-        self.first_zero = self.first_copy + moe.count("copy")
-        num_constant, hidden = moe.count("constant"), config.hidden_size
-        self.declare(
-            "mix", (num_constant, 2, hidden), ParameterSpec(Role.ROUTER, std=config.init_std)
-        )
-        self.declare(
-            "constants", (num_constant, hidden), ParameterSpec(Role.BIAS, std=config.init_std)
-        )
+        self.first_constant = pool.first("constant")
+        self.first_copy = pool.first("copy")
+        self.first_zero = pool.first("zero")
+        num_constant = pool.count("constant")
+        self.declare("mix", (num_constant, 2, hidden_size), ParameterSpec(Role.ROUTER, std=std))
+        self.declare("constants", (num_constant, hidden_size), ParameterSpec(Role.BIAS, std=std))
 
-    def forward(self, x_TD: Tensor, mix_logits_TM: Tensor, routing: Routing) -> Tensor:
-        """The pool's part of the layer's output, `[T, D]`; `mix_logits` is `x @ mix.T`, M = 2C."""
-        weights = torch.zeros_like(routing.probs_TN)
-        assigned = routing.ids_TK >= 0
-        weights = weights.scatter_add(1, routing.ids_TK.clamp(min=0), routing.weights_TK * assigned)
+    def forward(self, x_TD: Tensor, weights_TN: Tensor) -> Tensor:
+        """The pool's part of the layer's output, `[T, D]`; `weights` is 0 where not chosen."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            dtype = torch.promote_types(x_TD.dtype, torch.float32)
+            mix_logits_TM = F.linear(x_TD.to(dtype), self.mix.flatten(0, 1).to(dtype))
         return affine_experts(
             x_TD,
-            weights[:, self.first_copy : self.first_zero].sum(dim=-1),
-            weights[:, self.first_constant : self.first_copy],
+            weights_TN[:, self.first_copy : self.first_zero].sum(dim=-1),
+            weights_TN[:, self.first_constant : self.first_copy],
             mix_logits_TM.unflatten(-1, (-1, 2)),
             self.constants,
         )
 
     def flops(self, num_tokens: int) -> int:
-        """Forward FLOPs of the constants' product; the mixing logits are the router's columns."""
-        return 2 * num_tokens * self.constants.numel()
+        """Forward FLOPs of the mixing logits and of the constants' product."""
+        return 2 * num_tokens * (self.mix.numel() + self.constants.numel())
+
+
+class ExpertPool(ParameterModule):
+    """All experts of a layer, or of a group of layers that reuse each other's."""
+
+    def __init__(self, hidden_size: int, moe: MoEConfig, std: float) -> None:
+        super().__init__()
+        self.shape = moe.pool
+        self.groups = nn.ModuleList()
+        self.recurrent = nn.ModuleList()
+        self.sizes: list[int] = []
+        for spec, (kind, count) in zip(moe.sorted_experts, self.shape.groups, strict=True):
+            if kind in DISPATCHED:
+                self.groups.append(_dispatched(hidden_size, spec, count, std))
+                self.sizes.append(count)
+            elif kind == "gru":
+                width = _width(spec)
+                self.recurrent.extend(GRUExpert(hidden_size, width, std) for _ in range(count))
+        self.zero = ZeroComputationExperts(hidden_size, self.shape, std)
+        self.dispatcher = LocalDispatcher()
+
+    def forward(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, tokens: TokenContext
+    ) -> Tensor:
+        """Weighted sum of each token's experts, `[T, D]`."""
+        y_TD: Tensor
+        weights_TN = _by_expert(ids_TK, weights_TK, self.shape.num_experts)
+        y_TD = self.zero(x_TD, weights_TN)
+        for number, expert in enumerate(self._recurrent()):
+            weight_T1 = weights_TN[:, self.shape.first("gru") + number].unsqueeze(1)
+            y_TD = y_TD + (weight_T1 * expert(x_TD, tokens)).to(y_TD.dtype)
+        if not self.groups:
+            return y_TD
+        dispatch = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK, sum(self.sizes))
+        rows_RD = self._compute(dispatch.rows_RD, dispatch.weights_R, dispatch.ends_E)
+        return self.dispatcher.combine(rows_RD, dispatch, y_TD)
+
+    def _compute(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+        """Each group's rows by its experts."""
+        groups = self._groups()
+        if len(groups) == 1:
+            return groups[0](rows_RD, weights_R, ends_E)
+        last = torch.tensor(list(accumulate(self.sizes)), device=ends_E.device) - 1
+        bounds = [0, *ends_E[last].tolist()]  # rows per group decide shapes: the host must know
+        first = 0
+        parts = []
+        for number, group in enumerate(groups):
+            start, end = bounds[number : number + 2]
+            ends = ends_E[first : first + self.sizes[number]] - start
+            parts.append(group(rows_RD[start:end], weights_R[start:end], ends))
+            first += self.sizes[number]
+        return torch.cat(parts)
+
+    def _groups(self) -> list[DispatchedExperts]:
+        return [cast(DispatchedExperts, group) for group in self.groups]
+
+    def _recurrent(self) -> list[GRUExpert]:
+        return [cast(GRUExpert, expert) for expert in self.recurrent]
+
+    def flops(self, num_tokens: int, rows_N: Sequence[float]) -> int:
+        """Forward FLOPs for tokens of whose assignments `rows` went to each expert."""
+        per_row = self.flops_per_row()
+        routed = sum(
+            round(rows * flops) for rows, flops in zip(rows_N, per_row, strict=False) if flops
+        )
+        recurrent = num_tokens * sum(expert.flops_per_row() for expert in self._recurrent())
+        return routed + recurrent + self.zero.flops(num_tokens)
+
+    def flops_per_row(self) -> list[int]:
+        """For each expert the forward FLOPs of a token that is sent to it."""
+        dispatched = [
+            group.flops_per_row()
+            for group, size in zip(self._groups(), self.sizes, strict=True)
+            for _ in range(size)
+        ]
+        return dispatched + [0] * (self.shape.num_experts - len(dispatched))
+
+
+def _dispatched(hidden_size: int, spec: ExpertSpec, count: int, std: float) -> DispatchedExperts:
+    if spec.kind == "low_rank":
+        return LowRankExperts(hidden_size, count, _width(spec), std, spec.scale)
+    return FFNExperts(hidden_size, count, _width(spec), std)
+
+
+def _width(spec: ExpertSpec) -> int:
+    if spec.intermediate_size is None:
+        raise ValueError(f"a {spec.kind} expert needs intermediate_size")
+    return spec.intermediate_size
+
+
+def _by_expert(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
+    """Each token's weight of each expert, `[T, N]`, 0 where it was not chosen."""
+    weights_TN = weights_TK.new_zeros(len(ids_TK), num_experts)
+    return weights_TN.scatter_add(1, ids_TK.clamp(min=0), weights_TK * (ids_TK >= 0))

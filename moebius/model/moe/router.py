@@ -1,64 +1,247 @@
-"""From a token to its experts."""
+"""From a token to its experts: the stages of routing over width, run in order."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moebius.model.config import ModelConfig, MoEConfig
-from moebius.model.moe.routing import Routing, assignment_weights, select_experts
-from moebius.model.parameters import ParameterModule, ParameterSpec, Role
+from moebius.model.config import ModelConfig
+from moebius.model.context import Carry, DepthContext
+from moebius.model.ledger import Ledger
+from moebius.model.moe.config import RouterConfig
+from moebius.model.moe.controllers import Controller, score_histogram
+from moebius.model.moe.entropy import entropy
+from moebius.model.moe.losses import Load, Observation
+from moebius.model.moe.pool import PoolShape
+from moebius.model.moe.routing import RouteContext, Routing, Scores, expert_counts
+from moebius.model.moe.scorers import ScorerShape
+from moebius.model.parameters import ParameterModule
+from moebius.model.program import LayerPlace
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A decision, and what else came of it."""
+
+    routing: Routing
+    """after capacities"""
+    carry: Carry
+    losses: tuple[tuple[str, Tensor, float], ...]
+    """name, value, coefficient"""
+
+    def attach_losses(self, y: Tensor, ledger: Ledger) -> Tensor:
+        """`y` unchanged, with the losses on it, see `Ledger.attach`."""
+        for name, value, coefficient in self.losses:
+            y = ledger.attach(y, name, value, coefficient)
+        return y
 
 
 class Router(ParameterModule):
-    """Linear scorer, optionally with the gating residual of MoE++; always computed in fp32.
+    """Scorer, score norm, candidates, selector, weights, capacity; always computed in fp32.
 
-    `predecessor_experts` is the size of the previous MoE layer's pool, None where no visit of this
-    layer has one: then there is no `W_g` that would never receive a gradient.
+    One router may be used several times in a pass: at each depth of a recursion, and at each of
+    several `iterations` of a chain of experts. What it remembers of a step is kept by use.
     """
 
-    weight: nn.Parameter
-    residual: nn.Parameter | None
     is_null_N: Tensor
+    last_counts_UN: Tensor
+    last_probs_UN: Tensor
+    last_tokens_U: Tensor
 
     def __init__(
-        self, config: ModelConfig, moe: MoEConfig, predecessor_experts: int | None
+        self,
+        model: ModelConfig,
+        config: RouterConfig,
+        pool: PoolShape,
+        place: LayerPlace,
+        sublayer: str,
+        iterations: tuple[int, ...] = (1,),
     ) -> None:
         super().__init__()
-        self.config = moe.router
-        scorer = moe.router.scorer
-        std = config.init_std if scorer.init_std is None else scorer.init_std
-        self.declare(
-            "weight", (moe.num_experts, config.hidden_size), ParameterSpec(Role.ROUTER, std=std)
-        )
-        self.residual = None
-        if scorer.gating_residual and predecessor_experts is not None:
-            # Zeros: at the first step the layer routes like one without the residual.
-            self.declare(
-                "residual", (moe.num_experts, predecessor_experts), ParameterSpec(Role.ROUTER)
+        self.config = config
+        self.pool = pool
+        self.place = place
+        self.sublayer = sublayer
+        self.iterations = iterations
+        predecessor = place.predecessors.get(sublayer)
+        if iterations[-1] > 1:  # a turn after the first follows a router of the same pool
+            predecessor = pool.num_experts
+        self.scorer = config.scorer.build(
+            ScorerShape(
+                sublayer,
+                model.hidden_size,
+                pool.num_experts,
+                predecessor,
+                model.init_std,
+                config.frozen,
             )
-        is_null = torch.zeros(moe.num_experts, dtype=torch.bool)
-        is_null[moe.num_experts - moe.count("zero") :] = True
-        self.register_buffer("is_null_N", is_null, persistent=False)
+        )
+        num_uses = place.num_depths * len(iterations)
+        self.controllers = nn.ModuleList(c.build(pool, num_uses) for c in config.controllers)
+        self.register_buffer("is_null_N", pool.is_kind("zero"), persistent=False)
+        self.remembers_load = any(loss.remembers_load for loss in config.losses)
+        if self.remembers_load:
+            shape = (num_uses, pool.num_experts)
+            self.register_buffer("last_counts_UN", torch.zeros(shape))
+            self.register_buffer("last_probs_UN", torch.zeros(shape))
+            self.register_buffer("last_tokens_U", torch.zeros(num_uses))
 
-    def forward(
-        self, x_TD: Tensor, previous_scores_TN: Tensor | None, extra_weight_MD: Tensor
-    ) -> tuple[Routing, Tensor]:
-        """Route each token; also return `x @ extra_weight.T` in fp32, from the same product."""
-        num_experts = self.weight.shape[0]
-        with torch.autocast(x_TD.device.type, enabled=False):
-            dtype = torch.promote_types(x_TD.dtype, torch.float32)
-            columns = torch.cat([self.weight, extra_weight_MD]).to(dtype)
-            projected = F.linear(x_TD.to(dtype), columns)
-            scores_TN, extra_TM = projected.split([num_experts, len(extra_weight_MD)], dim=-1)
-            if self.residual is not None and previous_scores_TN is not None:
-                scores_TN = scores_TN + F.linear(previous_scores_TN, self.residual.to(dtype))
-            probs_TN = scores_TN.softmax(dim=-1)
-            ids_TK = select_experts(probs_TN, self.config.selector)
-            weights_TK = assignment_weights(probs_TN, ids_TK, self.is_null_N, self.config.weights)
-        return Routing(ids_TK, weights_TK, probs_TN, scores_TN), extra_TM
+    def forward(self, x_BSD: Tensor, carry: Carry, ctx: DepthContext, iteration: int = 1) -> Routed:
+        """Route each token, book the statistics of the site, and work out its losses."""
+        site = self.place.site(self.sublayer, ctx.visit.depth, iteration)
+        route = RouteContext(site, self._use(ctx.visit.depth, iteration), ctx.tokens, ctx.step)
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            logits_TN, carry = self._score(x_BSD, carry, route, ctx.shared)
+            scores = self._scores(logits_TN, route)
+            ids_TK = self.config.selector.select(scores, route)
+            ids_TK = ids_TK.masked_fill(~route.valid_T.unsqueeze(1), -1)
+            weights_TK = self._weights(scores, ids_TK)
+            chosen = Routing(ids_TK, weights_TK, scores.probs_TN, logits_TN)
+            seen = self._observe(chosen, route)
+            losses = tuple(
+                (
+                    loss.kind,
+                    loss.value(seen),
+                    loss.unit_coefficient(self.pool, ids_TK.shape[1]),
+                )
+                for loss in self.config.losses
+            )
+            limited = self._limit(chosen, scores, route)
+            self._record(chosen, limited, scores, seen, route)
+        return Routed(limited, carry, losses)
 
-    def flops(self, num_tokens: int, extra_columns: int, has_predecessor: bool) -> int:
-        """Forward FLOPs of the score product and, after another MoE layer, the residual's."""
-        num_experts, hidden = self.weight.shape
-        residual = self.residual.numel() if has_predecessor and self.residual is not None else 0
-        return 2 * num_tokens * ((num_experts + extra_columns) * hidden + residual)
+    def _score(
+        self, x_BSD: Tensor, carry: Carry, route: RouteContext, shared: nn.ModuleDict
+    ) -> tuple[Tensor, Carry]:
+        x_BSD = x_BSD.to(torch.promote_types(x_BSD.dtype, torch.float32))
+        scorer = self.config.scorer
+        if scorer.granularity == "document":
+            start_BS1 = route.tokens.document_start_BS.unsqueeze(-1)
+            x_BSD = x_BSD.gather(1, start_BS1.expand_as(x_BSD))
+        x_TD = x_BSD.flatten(0, 1)
+        if scorer.jitter and route.step.training:
+            noise_TD = route.uniform("jitter", x_TD.shape[1])
+            x_TD = x_TD * (1 + scorer.jitter * (2 * noise_TD - 1))
+        previous = carry.router_states.get(self.sublayer)
+        state = None if previous is None else previous.flatten(0, 1)
+        logits_TN, state = self.scorer(x_TD, state, shared)
+        if state is not None:
+            carry = carry.with_state(self.sublayer, state.unflatten(0, x_BSD.shape[:2]))
+        return logits_TN, carry
+
+    def _scores(self, logits_TN: Tensor, route: RouteContext) -> Scores:
+        """What selection sees; the bias never reaches the weights."""
+        affinity_TN = self.config.norm.affinity(logits_TN, route)
+        probs_TN = self.config.norm.probabilities(affinity_TN)
+        select_TN, threshold = affinity_TN.detach(), None
+        for controller in self._controllers():
+            steering = controller.steer(route.use)
+            if steering.bias_N is not None:
+                select_TN = select_TN + steering.bias_N
+            if steering.threshold is not None:
+                threshold = steering.threshold
+        masks = [rule.mask(select_TN, self.pool, route) for rule in self.config.candidates]
+        for mask in masks:
+            select_TN = select_TN.masked_fill(~mask, float("-inf"))
+        return Scores(logits_TN, affinity_TN, probs_TN, select_TN, threshold)
+
+    def _weights(self, scores: Scores, ids_TK: Tensor) -> Tensor:
+        return self.config.weights.weights(scores.affinity_TN, ids_TK, self.is_null_N)
+
+    def _limit(self, chosen: Routing, scores: Scores, route: RouteContext) -> Routing:
+        """Capacities delete or move assignments; the weights of the others stay."""
+        if self.config.capacity is None or not route.step.training:
+            return chosen
+        ids_TK = self.config.capacity.apply(chosen.ids_TK, scores, self.pool, route)
+        return replace(
+            chosen, ids_TK=ids_TK, weights_TK=chosen.weights_TK.masked_fill(ids_TK < 0, 0.0)
+        )
+
+    def _observe(self, chosen: Routing, route: RouteContext) -> Observation:
+        rows, length = route.shape
+        valid_T, num_experts = route.valid_T, self.pool.num_experts
+        group_T = torch.arange(rows, device=valid_T.device).repeat_interleave(length)
+        probs_BSN = (chosen.probs_TN * valid_T.unsqueeze(1)).unflatten(0, (rows, length))
+        per_row = Load(
+            counts_GN=expert_counts(chosen.ids_TK, group_T, rows, num_experts),
+            prob_sums_GN=probs_BSN.sum(dim=1),
+            tokens_G=valid_T.view(rows, length).sum(dim=1),
+        )
+        last_step = None
+        if self.remembers_load:
+            use = slice(route.use, route.use + 1)
+            last_step = Load(
+                self.last_counts_UN[use], self.last_probs_UN[use], self.last_tokens_U[use]
+            )
+        num_assignments = chosen.ids_TK.shape[1]
+        return Observation(chosen, valid_T, per_row, last_step, self.pool, num_assignments)
+
+    def _record(
+        self,
+        chosen: Routing,
+        limited: Routing,
+        scores: Scores,
+        seen: Observation,
+        route: RouteContext,
+    ) -> None:
+        """Statistics of the call site: sums over present tokens."""
+        ledger, valid_T = route.step.ledger, seen.valid_T
+        group_T = torch.zeros_like(valid_T, dtype=torch.int64)
+        num_experts = self.pool.num_experts
+        k_T = (chosen.ids_TK >= 0).sum(dim=1)
+        k_counts = torch.zeros(chosen.ids_TK.shape[1] + 1, device=valid_T.device)
+        entropy_T = entropy(chosen.probs_TN.detach(), "shannon", 1.0, normalized=True)
+        ledger.record(
+            route.site,
+            tokens=valid_T.sum(),
+            expert_tokens=seen.per_row.counts_GN.sum(dim=0),
+            executed_tokens=expert_counts(limited.ids_TK, group_T, 1, num_experts)[0],
+            dropped=((chosen.ids_TK >= 0) & (limited.ids_TK != chosen.ids_TK)).sum(),
+            prob_sums=seen.per_row.prob_sums_GN.sum(dim=0),
+            entropy=(entropy_T * valid_T).sum(),
+            k_histogram=k_counts.scatter_add(0, k_T, valid_T.to(k_counts.dtype)),
+        )
+        if any(controller.needs_histogram for controller in self._controllers()):
+            histogram = score_histogram(scores.affinity_TN.detach(), valid_T)
+            ledger.record(route.site, score_histogram=histogram)
+        if ledger.keep_routings:
+            ledger.record_routing(route.site, self._in_full_rows(chosen.ids_TK, route))
+
+    def _in_full_rows(self, ids_TK: Tensor, route: RouteContext) -> Tensor:
+        """Ids `[B, S, K]` at the places where tokens stand in their rows, -1 elsewhere."""
+        ids_BSK: Tensor = ids_TK.unflatten(0, route.shape)
+        full = ids_BSK.new_full((route.shape[0], route.tokens.row_length + 1, ids_BSK.shape[2]), -1)
+        # Empty slots have place -1: the extra column, which is cut off.
+        place_BS1 = route.tokens.place_BS.remainder(route.tokens.row_length + 1).unsqueeze(-1)
+        return full.scatter(1, place_BS1.expand_as(ids_BSK), ids_BSK)[:, :-1]
+
+    def _controllers(self) -> Iterator[Controller]:
+        """The controllers, typed."""
+        for controller in self.controllers:
+            yield cast(Controller, controller)
+
+    def _use(self, depth: int, iteration: int) -> int:
+        """Row of the buffers."""
+        return (depth - 1) * len(self.iterations) + self.iterations.index(iteration)
+
+    @torch.no_grad()
+    def update(self, ledger: Ledger, step: int) -> None:
+        """Move controllers and remember the load; `ledger` is that of the whole step, `step` its
+        number. Call once per optimizer step, after it."""
+        for depth in range(1, self.place.num_depths + 1):
+            for iteration in self.iterations:
+                sums = ledger.statistics[self.place.site(self.sublayer, depth, iteration)]
+                use = self._use(depth, iteration)
+                for controller in self._controllers():
+                    controller.update(use, sums, step)
+                if self.remembers_load:
+                    self.last_counts_UN[use] = sums["expert_tokens"]
+                    self.last_probs_UN[use] = sums["prob_sums"]
+                    self.last_tokens_U[use] = sums["tokens"]
+
+    def flops(self, num_tokens: int, has_predecessor: bool) -> int:
+        """Forward FLOPs of the scorer; the other stages multiply no matrices."""
+        flops: int = self.scorer.flops(num_tokens, has_predecessor)
+        return flops

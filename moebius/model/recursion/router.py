@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.kernels.depth_select import compact, take_rows, top_k_mask
-from moebius.model.config import DepthRouterConfig, ModelConfig
+from moebius.model.config import ModelConfig
 from moebius.model.context import StepContext
 from moebius.model.parameters import Linear, ParameterModule, Role
 from moebius.model.program import Site, kept_tokens
+from moebius.model.recursion.config import DepthRouterConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from moebius.model.context import Ledger
+from moebius.model.ledger import Ledger
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
@@ -21,6 +21,7 @@ class StepReport:
     grad_norm: Tensor
     lr: float
     ledger: Ledger
+    sample_ids_B: Tensor
 
 
 class Callback:

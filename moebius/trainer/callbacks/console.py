@@ -77,9 +77,11 @@ def training_line(metrics: dict[str, float], eta_seconds: float) -> str:
         f"MFU {metrics['speed/mfu']:.1%}",
         f"ETA {duration(eta_seconds)}",
     ]
-    if "width/ffn_share" in metrics:
+    if "width/computing_share" in metrics:
         parts.append(
-            f"ffn {metrics['width/ffn_share']:.0%} load x{metrics['width/load_max_over_mean']:.1f}"
+            f"k {metrics['width/experts_per_token']:.1f}, "
+            f"{metrics['width/computing_share']:.0%} ffn, "
+            f"load x{metrics['width/load_max_over_mean']:.1f}"
         )
     if "depth/agreement" in metrics:
         parts.append(f"depth {metrics['depth/agreement']:.0%} causal")

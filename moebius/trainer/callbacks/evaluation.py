@@ -33,4 +33,5 @@ class EvaluationCallback(Callback):
         batches = validation_batches(
             run.validation, run.config.train.batch_size, run.config.evaluation.num_batches
         )
-        run.publish(evaluate(run.executor, batches, run.token_bytes_V, run.device))
+        seed = run.config.train.seed
+        run.publish(evaluate(run.executor, batches, run.token_bytes_V, run.device, run.step, seed))

@@ -12,7 +12,7 @@ from moebius.errors import TrainingError
 from moebius.model.cost import training_flops
 from moebius.trainer.callbacks.base import Callback, StepReport
 from moebius.trainer.machine import matmul_flops_per_second
-from moebius.trainer.metrics import ffn_rows, routing_metrics
+from moebius.trainer.metrics import executed_rows, routing_metrics
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
@@ -63,7 +63,7 @@ class MetricsCallback(Callback):
         self.steps += 1
         if metrics:
             run.publish(
-                metrics | routing_metrics(config.model, report.ledger) | self._speed(run, report)
+                metrics | routing_metrics(run.decoder, report.ledger) | self._speed(run, report)
             )
             self.seconds, self.steps = 0.0, 0
 
@@ -72,9 +72,7 @@ class MetricsCallback(Callback):
         self._measure(run, seconds=0.05)
         rows, length = run.config.train.batch_size, run.config.data.sequence_length
         steps_per_second = self.steps / self.seconds
-        executed = training_flops(
-            run.decoder, rows, length, ffn_rows(run.config.model, report.ledger)
-        )
+        executed = training_flops(run.decoder, rows, length, executed_rows(report.ledger))
         nominal = training_flops(run.decoder, rows, length)
         return {
             "speed/tokens_per_second": rows * length * steps_per_second,

@@ -18,7 +18,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
@@ -34,12 +34,17 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Replace the optimizer's state by the saved one; raises CheckpointError if it does not fit."""
+    """Replace the optimizer's state by the saved one; raises CheckpointError if it does not fit.
+
+    A parameter that never had a gradient (a router that nothing asks) has no state.
+    """
     parameters = dict(model.named_parameters())
+    saved_names = {path.rpartition("/")[0] for path in tensors}
     moments = {
         f"{name}/{key}": parameter
         for name, parameter in parameters.items()
         for key in ("exp_avg", "exp_avg_sq")
+        if name in saved_names
     }
     _check(moments, {path: value for path, value in tensors.items() if value.dim() > 0})
     for path, value in tensors.items():

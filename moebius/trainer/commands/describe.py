@@ -6,14 +6,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moebius.model.config import MoEConfig
+from moebius.model.block import Block
 from moebius.model.cost import (
     BACKWARD_PER_FORWARD,
-    balanced_ffn_rows,
+    balanced_rows,
     forward_flops,
     visit_costs,
 )
 from moebius.model.decoder import Decoder
+from moebius.model.mixture_attention import MixtureAttention
+from moebius.model.moe.layer import MoE
 from moebius.trainer.config_file import load_config
 
 TABLE_WIDTH = 100
@@ -45,11 +47,6 @@ def program_table(decoder: Decoder, sequence_length: int) -> Table:
     table = Table(title=f"Program at sequence length {sequence_length:,}")
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
-    ffn = decoder.config.ffn
-    experts = "dense"
-    if isinstance(ffn, MoEConfig):
-        num_ffn = ffn.count("ffn")
-        experts = f"{ffn.router.selector.top_k} of {num_ffn}+{ffn.num_experts - num_ffn}"
     seen: set[str] = set()
     for cost in visit_costs(decoder, 1, sequence_length):
         layer = cost.visit.layer
@@ -60,7 +57,7 @@ def program_table(decoder: Decoder, sequence_length: int) -> Table:
             str(cost.visit.depth),
             f"{cost.capacity:.3f}",
             f"{cost.length:,}",
-            experts,
+            _experts(decoder, layer),
             "shared" if layer in seen else f"{size:,}",
             f"{cost.flops / cost.length / 1e6:,.2f}",
         )
@@ -80,15 +77,29 @@ def summary(decoder: Decoder, sequence_length: int) -> list[str]:
         f"forward FLOPs per token: {nominal:,.0f}, "
         f"with backward {nominal * (1 + BACKWARD_PER_FORWARD):,.0f}",
     ]
-    ffn = decoder.config.ffn
-    if isinstance(ffn, MoEConfig):
-        pool = " + ".join(f"{spec.count} {spec.kind}" for spec in ffn.experts)
-        lines.append(f"experts: top-{ffn.router.selector.top_k} of {pool}")
-    if isinstance(ffn, MoEConfig) and ffn.num_experts > ffn.count("ffn"):
-        rows = balanced_ffn_rows(decoder, 1, sequence_length)
+    if decoder.shared:
+        size = sum(p.numel() for p in decoder.shared.parameters())
+        lines.append(f"used by several layers: {', '.join(decoder.shared)} ({size:,} parameters)")
+    rows = balanced_rows(decoder, 1, sequence_length)
+    if rows:
         balanced = forward_flops(decoder, 1, sequence_length, rows) / sequence_length
         lines.append(
-            "the FLOPs above send every assignment to an FFN expert; at balance of the load: "
+            "the FLOPs above give every token its costliest experts; at balance of the load: "
             f"{balanced:,.0f}"
         )
     return lines
+
+
+def _experts(decoder: Decoder, layer: str) -> str:
+    """Experts per token of computing + zero-computation ones, for each routed sublayer."""
+    block = decoder.layers[layer]
+    assert isinstance(block, Block)
+    parts = []
+    if isinstance(block.attention, MixtureAttention):
+        config = block.attention.config
+        parts.append(f"attn {config.num_assignments} of {config.num_experts}")
+    if isinstance(block.ffn, MoE):
+        moe = block.ffn.config
+        free = moe.num_experts - moe.pool.num_computing
+        parts.append(f"{moe.num_assignments} of {moe.pool.num_computing}" + f"+{free}" * (free > 0))
+    return ", ".join(parts) or "dense"

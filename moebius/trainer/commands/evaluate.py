@@ -27,7 +27,14 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     )
     num_batches = arguments.num_batches or config.evaluation.num_batches
     batches = validation_batches(reader, config.train.batch_size, num_batches)
-    metrics = evaluate(model.executor, batches, model.token_bytes_V, model.device)
+    metrics = evaluate(
+        model.executor,
+        batches,
+        model.token_bytes_V,
+        model.device,
+        model.step,
+        config.train.seed,
+    )
     console.print(
         f"step {model.step} | {evaluation_line(metrics)}", highlight=False, soft_wrap=True
     )

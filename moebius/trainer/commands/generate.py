@@ -4,6 +4,8 @@ import argparse
 
 from rich.console import Console
 
+from moebius.model.context import StepContext
+from moebius.model.ledger import Ledger
 from moebius.trainer.commands.arguments import add_run_arguments, non_negative, utf8, whole
 from moebius.trainer.generation import generate_ids
 from moebius.trainer.restore import restore
@@ -38,6 +40,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         top_k=arguments.top_k,
         seed=arguments.seed,
         device=model.device,
+        step=StepContext("threshold", Ledger(), model.step, model.config.train.seed),
     )
     console.out(arguments.prompt + model.tokenizer.decode(new), highlight=False)
     return 0

@@ -13,6 +13,7 @@ from moebius.trainer.callbacks.console import ConsoleCallback
 from moebius.trainer.callbacks.evaluation import EvaluationCallback
 from moebius.trainer.callbacks.interrupt import InterruptCallback
 from moebius.trainer.callbacks.metrics import MetricsCallback
+from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
 from moebius.trainer.config_file import load_config
 from moebius.trainer.loop import train
@@ -40,6 +41,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         TensorBoardSink(),
         MetricsCallback(),
         EvaluationCallback(),
+        RoutingRecorder(),
         CheckpointCallback(),
     ]
     training = Run(config, manifest, callbacks)

@@ -1,0 +1,49 @@
+"""From logits to scores."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from moebius.config import ConfigNode
+from moebius.model.moe.routing import RouteContext
+from moebius.model.schedule import Scheduled, value_at
+
+
+class ScoreNorm(ConfigNode):
+    """How logits become the scores that experts are chosen and weighted by."""
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: over all experts; sigmoid: each expert by itself (DeepSeek-V3)"""
+    temperature: float = Field(1.0, gt=0)
+    """logits are divided by it"""
+    row_std: float | None = Field(None, gt=0)
+    """scale each token's logits to this standard deviation (MoE++ release: 1.0)"""
+    noise: Scheduled = 0.0
+    """standard deviation of Gaussian noise added to the logits in training"""
+
+    def affinity(self, logits_TN: Tensor, ctx: RouteContext) -> Tensor:
+        """Scores `[T, N]`, positive; those of a softmax add up to 1.
+
+        The standard deviation is the unbiased one and the mean is not subtracted: both are what the
+        MoE++ release does.
+        """
+        if self.row_std is not None and logits_TN.shape[1] > 1:
+            # The root of a variance of 0 has no gradient: equal logits count as almost equal.
+            std_T1 = logits_TN.var(dim=-1, keepdim=True).clamp(min=1e-12).sqrt()
+            logits_TN = logits_TN * (self.row_std / std_T1)
+        logits_TN = logits_TN / self.temperature
+        noise = value_at(self.noise, ctx.step.step) if ctx.step.training else 0.0
+        if noise:
+            logits_TN = logits_TN + noise * ctx.normal("noise", logits_TN.shape[1])
+        if self.kind == "sigmoid":
+            return logits_TN.sigmoid()
+        return logits_TN.softmax(dim=-1)
+
+    def probabilities(self, affinity_TN: Tensor) -> Tensor:
+        """Scores that add up to 1, for losses."""
+        if self.kind == "softmax":
+            return affinity_TN
+        tiny = torch.finfo(affinity_TN.dtype).tiny
+        return affinity_TN / affinity_TN.sum(dim=-1, keepdim=True).clamp(min=tiny)

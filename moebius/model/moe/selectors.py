@@ -1,0 +1,259 @@
+"""From scores to chosen experts, as learned routers choose them.
+
+Every selector says beforehand how many experts a token can have at most, so that decisions have a
+fixed shape `[T, K]`: what varies per token is how many of its K assignments are empty (-1).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from moebius.config import IntPerLayer
+from moebius.model.moe.entropy import Measure, entropy
+from moebius.model.moe.pool import PoolShape
+from moebius.model.moe.routing import RouteContext, Scores
+from moebius.model.moe.stage import Needs, Selector
+from moebius.model.schedule import Scheduled, value_at
+
+
+class TopK(Selector):
+    """The K best experts of each token."""
+
+    fixed_k: ClassVar[bool] = True
+    accepts: ClassVar[tuple[Needs, ...]] = ("bias",)
+
+    kind: Literal["top_k"] = "top_k"
+    top_k: IntPerLayer = 2
+    """experts per token, zero-computation ones included; a list has one number per layer (MoLA)"""
+    sampled_tail: NonNegativeInt = 0
+    """so many of the K are drawn in training from the probabilities of the experts left
+    (ModuleFormer)"""
+
+    def max_assignments(self, num_experts: int) -> int:
+        """K, the most experts a token can have."""
+        return per_layer_value(self.top_k)
+
+    def min_candidates(self, num_experts: int) -> int:
+        """All K."""
+        return per_layer_value(self.top_k)
+
+    def problems(self, pool: PoolShape) -> Iterator[tuple[str, str]]:
+        """No more can be drawn than are chosen."""
+        if self.sampled_tail > per_layer_value(self.top_k):
+            yield "sampled_tail", f"{self.sampled_tail} of top_k = {self.top_k}"
+
+    def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
+        """Ids `[T, K]`, best first; of equal scores the lower id wins."""
+        top_k = per_layer_value(self.top_k)
+        sampled = self.sampled_tail if ctx.step.training else 0
+        order_TN = ranked(scores.select_TN)
+        if not sampled:
+            return order_TN[:, :top_k]
+        head_TK = order_TN[:, : top_k - sampled]
+        noisy_TN = scores.probs_TN.detach().log() + ctx.gumbel("tail", order_TN.shape[1])
+        noisy_TN = noisy_TN.masked_fill(scores.select_TN.isneginf(), float("-inf"))
+        noisy_TN = noisy_TN.scatter(1, head_TK, float("-inf"))
+        return torch.cat([head_TK, ranked(noisy_TN)[:, :sampled]], dim=1)
+
+
+class TopP(Selector):
+    """As many of a token's best experts as it takes to gather a share of the probability.
+
+    Dynamic_MoE (arXiv 2403.07652). The controller `target_k` moves the threshold (DTop-p).
+    """
+
+    accepts: ClassVar[tuple[Needs, ...]] = ("threshold",)
+
+    kind: Literal["top_p"] = "top_p"
+    threshold: float = Field(0.4, gt=0)
+    """the share; from 1 on every expert is chosen"""
+    crossing: Literal["include", "exclude"] = "include"
+    """whether the expert that crosses the threshold is one of them"""
+    min_k: PositiveInt = 1
+    """so many are chosen however little they have"""
+    max_threshold: float | None = Field(None, gt=0)
+    """the highest share that a controller may ask for; default: `threshold`"""
+
+    def max_assignments(self, num_experts: int) -> int:
+        """K: equal probabilities need the most experts."""
+        share = max(self.threshold, self.max_threshold or 0.0)
+        most = math.floor(share * num_experts + 1e-9) + (self.crossing == "include")
+        return min(max(most, self.min_k), num_experts)
+
+    def min_candidates(self, num_experts: int) -> int:
+        """Those it always gives."""
+        return self.min_k
+
+    def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
+        """Ids `[T, K]`, best first."""
+        threshold: float | Tensor = self.threshold
+        if scores.threshold is not None:
+            threshold = scores.threshold.clamp(max=self.max_threshold or self.threshold)
+        order_TN, keep_TN = nucleus(scores.select_TN, threshold, self.crossing, self.min_k)
+        return chosen(order_TN, keep_TN, self.max_assignments(order_TN.shape[1]))
+
+
+class Threshold(Selector):
+    """Every expert whose score is above a bar, at least the best one.
+
+    The controller `percentile_ema` moves the bar, one for all experts or one for each.
+    """
+
+    accepts: ClassVar[tuple[Needs, ...]] = ("threshold",)
+
+    kind: Literal["threshold"] = "threshold"
+    threshold: float = 0.0
+    """the bar, where no controller sets it"""
+    max_k: PositiveInt | None = None
+    """never more than these; default: no cap"""
+
+    def max_assignments(self, num_experts: int) -> int:
+        """K."""
+        return min(self.max_k or num_experts, num_experts)
+
+    def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
+        """Ids `[T, K]`, best first."""
+        bar: float | Tensor = self.threshold
+        if scores.threshold is not None:
+            bar = scores.threshold
+        order_TN = ranked(scores.select_TN)
+        keep_TN = (scores.select_TN > bar).gather(1, order_TN)
+        keep_TN[:, 0] = True
+        # With a bar per expert the kept ones need not be the best ranked: move them to the front.
+        front_TN = (~keep_TN).to(torch.uint8).argsort(dim=1, stable=True)
+        order_TN, keep_TN = order_TN.gather(1, front_TN), keep_TN.gather(1, front_TN)
+        return chosen(order_TN, keep_TN, self.max_assignments(order_TN.shape[1]))
+
+
+class PercentileRow(Selector):
+    """Experts above a percentile of the token's own scores (DynaMoE as published, 2603.01697).
+
+    A percentile of a row is a rank: with distinct scores exactly `ceil((1 - tau) (N - 1))` of N are
+    above it, for every token. So this is top-k with K tied to N; the published rule does not make K
+    depend on the token. `threshold` with `percentile_ema` does.
+    """
+
+    fixed_k: ClassVar[bool] = True
+
+    kind: Literal["percentile_row"] = "percentile_row"
+    percentile: float = Field(0.5, ge=0, lt=1)
+    """tau"""
+
+    def max_assignments(self, num_experts: int) -> int:
+        """K, at least 1."""
+        return max(1, math.ceil((1 - self.percentile) * (num_experts - 1) - 1e-9))
+
+    def min_candidates(self, num_experts: int) -> int:
+        """All K."""
+        return self.max_assignments(num_experts)
+
+    def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
+        """Ids `[T, K]`, best first."""
+        order_TN = ranked(scores.select_TN)
+        return order_TN[:, : self.max_assignments(order_TN.shape[1])]
+
+
+class EntropyHybrid(Selector):
+    """All experts for a token whose router is undecided, top-p for the others (DynMoLE).
+
+    An untrained router is undecided about every token. Two ways to keep that from costing N / K
+    times the compute: a schedule of the threshold, and `dense_share`.
+    """
+
+    kind: Literal["entropy_hybrid"] = "entropy_hybrid"
+    measure: Measure = "tsallis"
+    """normalised entropy of the probabilities"""
+    index: float = Field(1.1, gt=0)
+    """q of tsallis and renyi"""
+    entropy_threshold: Scheduled = 0.9
+    """above it a token gets all experts; at 1 none does"""
+    top_p: float = Field(0.75, gt=0)
+    """threshold of the others, whose crossing expert is excluded"""
+    min_k: PositiveInt = 2
+    """so many they get at least"""
+    dense_share: float = Field(1.0, ge=0, le=1)
+    """of a row's undecided tokens, in order, this share gets all experts: at 0.5 every second"""
+
+    def max_assignments(self, num_experts: int) -> int:
+        """K."""
+        return num_experts
+
+    def min_candidates(self, num_experts: int) -> int:
+        """Those it always gives."""
+        return self.min_k
+
+    def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
+        """Ids `[T, K]`, best first."""
+        probs_TN = scores.probs_TN.detach()
+        value_T = entropy(probs_TN, self.measure, self.index, normalized=True)
+        undecided_T = (value_T > value_at(self.entropy_threshold, ctx.step.step)) & ctx.valid_T
+        # Counting in order keeps the choice causal: a token does not depend on later ones.
+        number_T = (undecided_T.view(ctx.shape).cumsum(dim=1) * self.dense_share + 1e-6).floor()
+        before_T = torch.nn.functional.pad(number_T, (1, 0))[:, :-1]
+        dense_T = undecided_T & (number_T > before_T).flatten()
+        order_TN, keep_TN = nucleus(scores.select_TN, self.top_p, "exclude", self.min_k)
+        keep_TN = keep_TN | dense_T.unsqueeze(1)
+        keep_TN &= scores.select_TN.gather(1, order_TN).isfinite()
+        return chosen(order_TN, keep_TN, order_TN.shape[1])
+
+
+class All(Selector):
+    """Every expert, in the order of ids: soft routing (BAM's attention experts)."""
+
+    fixed_k: ClassVar[bool] = True
+
+    kind: Literal["all"] = "all"
+
+    def max_assignments(self, num_experts: int) -> int:
+        """K = N."""
+        return num_experts
+
+    def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
+        """Ids `[T, N]`."""
+        num_tokens, num_experts = scores.select_TN.shape
+        ids_N = torch.arange(num_experts, device=scores.select_TN.device)
+        return ids_N.expand(num_tokens, -1).masked_fill(~scores.select_TN.isfinite(), -1)
+
+
+def per_layer_value(value: int | tuple[int, ...]) -> int:
+    """The number of a layer's configuration, in which lists have been resolved."""
+    if isinstance(value, tuple):
+        raise TypeError("a list per layer, where one layer's number is needed")
+    return value
+
+
+def ranked(scores_TN: Tensor) -> Tensor:
+    """Ids by falling score; of equal scores the lower id comes first, on every backend."""
+    return scores_TN.argsort(dim=-1, descending=True, stable=True)
+
+
+def nucleus(
+    select_TN: Tensor,
+    threshold: float | Tensor,
+    crossing: Literal["include", "exclude"],
+    min_k: int,
+) -> tuple[Tensor, Tensor]:
+    """Ranked ids and which of them gather `threshold` of the probability, both `[T, N]`.
+
+    include: the fewest whose sum is above the threshold; exclude: as many as stay within it. The
+    sums are taken in the precision of the scores: in bf16 they would choose other experts.
+    """
+    order_TN = ranked(select_TN)
+    sorted_TN = select_TN.gather(1, order_TN)
+    sums_TN = sorted_TN.clamp(min=0).cumsum(dim=1)
+    if crossing == "include":
+        before_TN = torch.nn.functional.pad(sums_TN, (1, 0))[:, :-1]
+        keep_TN = before_TN <= threshold
+    else:
+        keep_TN = sums_TN <= threshold
+    keep_TN[:, :min_k] = True
+    return order_TN, keep_TN & sorted_TN.isfinite()
+
+
+def chosen(order_TN: Tensor, keep_TN: Tensor, max_assignments: int) -> Tensor:
+    """Ids `[T, K]` of the kept ones among ranked ids, -1 for the others."""
+    return order_TN.masked_fill(~keep_TN, -1)[:, :max_assignments]

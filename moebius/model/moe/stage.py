@@ -1,0 +1,56 @@
+"""What every stage of routing over width has in common."""
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from moebius.config import ConfigNode
+from moebius.model.moe.pool import PoolShape
+from moebius.model.moe.routing import RouteContext, Scores
+
+Needs = Literal["bias", "threshold"]
+"""what a controller gives a selector: a bias per expert, or a threshold"""
+
+
+class Stage(ConfigNode):
+    """A member of a stage: its options, and one method that does the work."""
+
+    def problems(self, pool: PoolShape) -> Iterator[tuple[str, str]]:
+        """(option, what is wrong) where the options do not fit a pool."""
+        return iter(())
+
+
+class Selector(Stage):
+    """From scores to chosen experts."""
+
+    asks_router: ClassVar[bool] = True
+    """whether the choice depends on scores"""
+    fixed_k: ClassVar[bool] = False
+    """whether every token gets the same number of experts"""
+    accepts: ClassVar[tuple[Needs, ...]] = ()
+    """what controllers may steer"""
+
+    def max_assignments(self, num_experts: int) -> int:
+        """K, the most experts a token can have."""
+        raise NotImplementedError
+
+    def min_candidates(self, num_experts: int) -> int:
+        """How many experts must be open to every token."""
+        return 1
+
+    def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
+        """Ids `[T, K]`, -1 for an empty assignment."""
+        raise NotImplementedError
+
+
+class Candidates(Stage):
+    """A restriction of the experts a token may choose from."""
+
+    def mask(self, select_TN: Tensor, pool: PoolShape, ctx: RouteContext) -> Tensor:
+        """Bool `[N]` or `[T, N]`: who may be chosen."""
+        raise NotImplementedError
+
+    def fewest(self, pool: PoolShape) -> int:
+        """How many experts are open to a token at least."""
+        raise NotImplementedError

@@ -1,0 +1,286 @@
+"""Rules that span fields of the model's configuration.
+
+Each yields problems with the dotted path of the field to blame. Rules about routers and pools look
+at every unique layer's own configuration.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from moebius.config import Problem
+from moebius.model.config import AttentionConfig, MixtureAttentionConfig, ModelConfig
+from moebius.model.moe.config import ExpertSpec, LayerSchedule, MoEConfig, RouterConfig
+from moebius.model.moe.pool import PoolShape
+from moebius.model.moe.scorers import LinearScorerConfig
+from moebius.model.moe.selectors import All, TopK
+from moebius.model.moe.stage import Stage
+from moebius.model.program import Program, build_program
+
+
+def attention_rules(model: ModelConfig) -> Iterator[Problem]:
+    """Query heads must be served evenly by key-value heads; experts with keys of their own too."""
+    heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
+    if heads % kv_heads:
+        yield Problem(
+            "attention.num_kv_heads",
+            f"{kv_heads} does not divide num_heads = {heads}; "
+            f"allowed: {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}",
+        )
+    if isinstance(model.attention, AttentionConfig):
+        return
+    if model.attention.kv == "per_expert" and not isinstance(model.attention.router.selector, All):
+        yield Problem(
+            "attention.kv",
+            "per_expert needs router.selector.kind all: an expert attends to its own keys of all "
+            "tokens",
+        )
+
+
+def sharing_rules(model: ModelConfig) -> Iterator[Problem]:
+    """Unrolled layers must be a whole number of recursions (plus two for `middle_*`)."""
+    depth = model.depth
+    if depth.sharing == "none":
+        if depth.num_recursions != 1:
+            yield Problem(
+                "depth.num_recursions",
+                f"{depth.num_recursions}, but sharing is none; use 1 or another sharing",
+            )
+        return
+    ends = 2 if depth.sharing.startswith("middle") else 0
+    looped = depth.num_layers - ends
+    if looped < depth.num_recursions or looped % depth.num_recursions:
+        lower = max(looped // depth.num_recursions, 1) * depth.num_recursions + ends
+        nearest = (lower, lower + depth.num_recursions)
+        yield Problem(
+            "depth.num_layers",
+            f"{depth.num_layers} layers cannot be {depth.num_recursions} recursions of "
+            f"{depth.sharing}; the nearest that can: {nearest[0]}, {nearest[1]}",
+        )
+
+
+def depth_router_rules(model: ModelConfig) -> Iterator[Problem]:
+    """Capacities must fit the recursions, and only a looped block can be left early."""
+    router, depth = model.depth.router, model.depth
+    if router is None:
+        return
+    if depth.sharing not in ("cycle", "middle_cycle"):
+        yield Problem(
+            "depth.router",
+            f"routing over depth needs sharing cycle or middle_cycle, not {depth.sharing}: "
+            "tokens can leave only between passes of one block",
+        )
+    capacities = router.capacities
+    if capacities is None:
+        return
+    path = "depth.router.capacities"
+    if len(capacities) != depth.num_recursions:
+        yield Problem(
+            path, f"{len(capacities)} capacities for num_recursions = {depth.num_recursions}"
+        )
+    if any(not 0 < c <= 1 for c in capacities):
+        yield Problem(path, f"{list(capacities)}: each must be in (0, 1]")
+    elif any(later > earlier for earlier, later in itertools.pairwise(capacities)):
+        yield Problem(path, f"{list(capacities)}: must not increase, a token cannot come back")
+
+
+def expert_rules(model: ModelConfig) -> Iterator[Problem]:
+    """The groups of a pool must be buildable in every layer."""
+    if not isinstance(model.ffn, MoEConfig):
+        return
+    program = _program(model)
+    for number, spec in enumerate(model.ffn.experts):
+        path = f"ffn.experts.{number}"
+        if spec.kind in ("ffn", "low_rank", "gru"):
+            if spec.intermediate_size is None:
+                yield Problem(
+                    f"{path}.intermediate_size",
+                    f"missing; a {spec.kind} expert needs one, for example 1024",
+                )
+        elif spec.intermediate_size is not None:
+            yield Problem(
+                f"{path}.intermediate_size",
+                f"{spec.intermediate_size}, but a {spec.kind} expert has no width",
+            )
+        if spec.scale != 1.0 and spec.kind != "low_rank":
+            yield Problem(f"{path}.scale", f"{spec.scale}, but only low_rank experts are scaled")
+        if program is not None:
+            yield from _count_problems(f"{path}.count", spec, len(program.layers))
+    if all(spec.kind in ("constant", "copy", "zero") for spec in model.ffn.experts):
+        yield Problem("ffn.experts", "nothing is computed; add a group of kind ffn")
+    if any(spec.kind == "gru" for spec in model.ffn.experts):
+        yield from _order_problems(model)
+
+
+def _count_problems(path: str, spec: ExpertSpec, num_layers: int) -> Iterator[Problem]:
+    count = spec.count
+    if isinstance(count, tuple) and len(count) != num_layers:
+        yield Problem(path, f"{len(count)} numbers for {num_layers} unique layers")
+    if not isinstance(count, LayerSchedule):
+        return
+    lowest = -(-count.smallest // count.snap) * count.snap
+    highest = count.largest // count.snap * count.snap
+    if lowest > highest:
+        yield Problem(
+            path, f"no multiple of snap = {count.snap} from {count.smallest} to {count.largest}"
+        )
+    elif count.budget is not None and not (
+        count.snap * num_layers <= count.budget <= highest * num_layers
+        and count.budget % count.snap == 0
+    ):
+        yield Problem(
+            f"{path}.budget",
+            f"{count.budget} for {num_layers} layers; allowed: multiples of {count.snap} from "
+            f"{count.snap * num_layers} to {highest * num_layers}",
+        )
+
+
+def _order_problems(model: ModelConfig) -> Iterator[Problem]:
+    """A recurrent expert needs its document's tokens in order and all of them."""
+    assert isinstance(model.ffn, MoEConfig)
+    if model.ffn.router.scorer.granularity != "document":
+        yield Problem(
+            "ffn.router.scorer.granularity",
+            f"{model.ffn.router.scorer.granularity}, but a gru expert has to see whole documents: "
+            "use document",
+        )
+    if model.depth.router is not None:
+        yield Problem(
+            "ffn.experts", "a gru expert cannot stand in a block that tokens leave (depth.router)"
+        )
+
+
+class RoutedSublayer(NamedTuple):
+    """A router's configuration in one unique layer."""
+
+    path: str
+    router: RouterConfig
+    pool: PoolShape
+
+
+def router_rules(model: ModelConfig) -> Iterator[Problem]:
+    """Every stage must fit the pool, and the stages each other; one problem per field."""
+    program = _program(model)
+    if program is None or any(True for _ in expert_rules(model)):
+        return
+    seen: set[str] = set()
+    lists = list(_list_problems(model, len(program.layers)))
+    yield from lists
+    if lists:
+        return
+    for sublayer in _routed_sublayers(model, len(program.layers)):
+        for problem in _stage_problems(*sublayer):
+            if problem.path not in seen:
+                seen.add(problem.path)
+                yield problem
+
+
+def _list_problems(model: ModelConfig, num_layers: int) -> Iterator[Problem]:
+    """A list of experts per token has one number for each layer."""
+    routers = {"ffn.router": getattr(model.ffn, "router", None)}
+    routers["attention.router"] = getattr(model.attention, "router", None)
+    for path, router in routers.items():
+        selector = router.selector if router else None
+        numbers = selector.top_k if isinstance(selector, TopK) else 0
+        if isinstance(numbers, tuple) and len(numbers) != num_layers:
+            yield Problem(
+                f"{path}.selector.top_k", f"{len(numbers)} numbers for {num_layers} unique layers"
+            )
+
+
+def _routed_sublayers(model: ModelConfig, num_layers: int) -> Iterator[RoutedSublayer]:
+    for index in range(num_layers):
+        if isinstance(model.attention, MixtureAttentionConfig):
+            attention = model.attention.in_layer(index)
+            yield RoutedSublayer("attention.router", attention.router, attention.pool)
+        ffn = model.ffn_in(index, num_layers)
+        if isinstance(ffn, MoEConfig):
+            yield RoutedSublayer("ffn.router", ffn.router, ffn.pool)
+
+
+def _stage_problems(path: str, router: RouterConfig, pool: PoolShape) -> Iterator[Problem]:
+    stages: dict[str, Stage] = {"selector": router.selector, "weights": router.weights}
+    stages |= {f"candidates.{i}": rule for i, rule in enumerate(router.candidates)}
+    stages |= {f"losses.{i}": loss for i, loss in enumerate(router.losses)}
+    stages |= {f"controllers.{i}": control for i, control in enumerate(router.controllers)}
+    if router.capacity is not None:
+        stages["capacity"] = router.capacity
+    found = False
+    for name, stage in stages.items():
+        for option, message in stage.problems(pool):
+            found = True
+            yield Problem(f"{path}.{name}.{option}", message)
+    if found:
+        return
+    selector = router.selector
+    fewest = min([pool.num_experts, *(rule.fewest(pool) for rule in router.candidates)])
+    if selector.min_candidates(pool.num_experts) > fewest:
+        yield Problem(
+            f"{path}.selector",
+            f"{selector.min_candidates(pool.num_experts)} experts per token, but "
+            f"{fewest} to choose from (the pool has {pool.num_experts})",
+        )
+    if selector.kind == "top_p" and router.norm.kind != "softmax":
+        yield Problem(f"{path}.norm.kind", "top_p needs scores that add up to 1: use softmax")
+    if selector.asks_router and selector.kind != "all" and router.scorer.kind == "none":
+        yield Problem(f"{path}.scorer.kind", f"none, but the selector {selector.kind} asks it")
+    steered = [control.needs for control in router.controllers]
+    for number, needs in enumerate(steered):
+        if needs not in selector.accepts:
+            yield Problem(
+                f"{path}.controllers.{number}.kind",
+                f"moves a {needs}, which the selector {selector.kind} does not have",
+            )
+    if steered.count("threshold") > 1:
+        yield Problem(f"{path}.controllers", "two controllers move the one threshold")
+    for number, loss in enumerate(router.losses):
+        if getattr(loss, "published_scale", "switch") != "switch" and not selector.fixed_k:
+            yield Problem(
+                f"{path}.losses.{number}.published_scale",
+                f"is defined for a fixed number of experts per token, not for {selector.kind}",
+            )
+
+
+def layer_rules(model: ModelConfig) -> Iterator[Problem]:
+    """Dense layers, reuse groups, chains and residuals must fit the layers they join."""
+    ffn, program = model.ffn, _program(model)
+    if not isinstance(ffn, MoEConfig) or program is None:
+        return
+    num_layers = len(program.layers)
+    dense = set(ffn.dense.layers) if ffn.dense else set()
+    if any(layer >= num_layers for layer in dense):
+        yield Problem("ffn.dense.layers", f"{max(dense)}; allowed: 0 to {num_layers - 1}")
+        return
+    num_moe = num_layers - len(dense)
+    if num_moe == 0:
+        yield Problem("ffn.dense.layers", "all layers; use ffn: {kind: dense} instead")
+        return
+    if num_moe % ffn.reuse:
+        yield Problem("ffn.reuse", f"groups of {ffn.reuse} do not divide {num_moe} MoE layers")
+    uniform = all(isinstance(spec.count, int) for spec in ffn.experts)
+    if ffn.reuse > 1 and not uniform:
+        yield Problem("ffn.reuse", "layers that reuse experts need the same number in each")
+    if ffn.chain is not None and model.block == "parallel":
+        yield Problem("ffn.chain", "a parallel block has one turn; use block: sequential")
+    scorer = ffn.router.scorer
+    is_residual = isinstance(scorer, LinearScorerConfig) and scorer.gating_residual
+    if is_residual and not uniform and model.depth.sharing != "none":
+        yield Problem(
+            "ffn.router.scorer.gating_residual",
+            "a shared layer has one W_g, so all layers need the same number of experts",
+        )
+
+
+MODEL_RULES = (
+    attention_rules,
+    expert_rules,
+    sharing_rules,
+    depth_router_rules,
+    router_rules,
+    layer_rules,
+)
+
+
+def _program(model: ModelConfig) -> Program | None:
+    """The program, None where the depth is not valid."""
+    return None if any(True for _ in sharing_rules(model)) else build_program(model.depth)
