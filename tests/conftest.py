@@ -55,11 +55,12 @@ MOE = {
         {"kind": "zero"},
     ],
     "router": {
-        "scorer": {"gating_residual": True},
+        "scorer": {"kind": "linear", "gating_residual": True},
         "weights": {"kind": "drop_null_renormalize"},
+        "losses": [{"kind": "switch", "tau": 0.75, "scope": "sequence"}],
     },
-    "balance": {"tau": 0.75},
 }
+"""its loss has a gradient from the first step on, unlike one of scope `global`"""
 
 
 def model_tree(**changes: Any) -> dict[str, Any]:

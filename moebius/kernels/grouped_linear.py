@@ -22,7 +22,8 @@ def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tenso
     aligned = all(size * dtype.itemsize % 16 == 0 for size in weight_EOI.shape[1:])
     if dtype not in GROUPED_MM_DTYPES or not aligned:
         return grouped_linear_reference(rows_RI, weight_EOI, ends_E)
-    return F.grouped_mm(rows_RI.to(dtype), weight_EOI.to(dtype).transpose(1, 2), offs=ends_E)
+    weight_EIO = weight_EOI.to(dtype).contiguous().transpose(1, 2)
+    return F.grouped_mm(rows_RI.to(dtype).contiguous(), weight_EIO, offs=ends_E)
 
 
 def grouped_linear_reference(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

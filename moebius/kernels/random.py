@@ -24,7 +24,9 @@ def uniform(key: int, counter_T: Tensor, columns: int) -> Tensor:
     column_C = torch.arange(columns, device=counter_T.device)
     start = torch.tensor(_signed(key), device=counter_T.device)
     bits_TC = _mix(_mix(_mix(start) + counter_T).unsqueeze(1) + column_C)
-    return ((bits_TC >> 40) & 0xFFFFFF).float() * 2.0**-24 + 2.0**-25
+    # The middle of the last of 2**24 intervals is no fp32 number and would round to 1.
+    middle_TC = ((bits_TC >> 40) & 0xFFFFFF).float() * 2.0**-24 + 2.0**-25
+    return middle_TC.clamp(max=1 - 2.0**-24)
 
 
 def gumbel(key: int, counter_T: Tensor, columns: int) -> Tensor:

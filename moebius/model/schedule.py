@@ -11,15 +11,15 @@ Point = Annotated[tuple[int, float], Field(strict=False)]
 
 
 def _check_order(points: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+    if not points:
+        raise ValueError("give at least one [step, value] pair")
     steps = [step for step, _ in points]
     if steps != sorted(set(steps)):
         raise ValueError("points must be [step, value] pairs with ascending steps")
     return points
 
 
-Points = Annotated[
-    tuple[Point, ...], Field(strict=False, min_length=1), AfterValidator(_check_order)
-]
+Points = Annotated[tuple[Point, ...], Field(strict=False), AfterValidator(_check_order)]
 Scheduled = Annotated[Annotated[float, NUMBER] | Annotated[Points, LIST], ByShape]
 """A number, or points `[[step, value], ...]` between which it is interpolated linearly."""
 

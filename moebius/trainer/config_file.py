@@ -45,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [_describe(details, tree, places, str(path)) for details in error.errors()]
+        lines = [_describe(details, tree, places, str(path)) for details in _causes(error.errors())]
         raise ConfigError("\n".join(lines)) from None
     lines = [
         f"{_place(tuple(problem.path.split('.')), places, str(path))}: "
@@ -189,6 +189,19 @@ def _place(path: KeyPath, places: Mapping[KeyPath, str], fallback: str) -> str:
         if path[:end] in places:
             return places[path[:end]]
     return fallback
+
+
+def _causes(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """The errors without those that follow from others: a list of bad items counts as too short."""
+    return [
+        error
+        for error in errors
+        if error["type"] != "too_short"
+        or not any(
+            other is not error and other["loc"][: len(error["loc"])] == error["loc"]
+            for other in errors
+        )
+    ]
 
 
 def _describe(

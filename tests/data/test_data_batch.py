@@ -11,6 +11,7 @@ from moebius.data.batch import Batch, make_batch
 
 EOD = 3
 FIELDS = ("tokens_BS", "labels_BS", "segment_ids_BS", "positions_BS")
+ALL_FIELDS = (*FIELDS, "sample_ids_B")
 
 
 def random_windows(rows: int, length: int, share: float, seed: int) -> NDArray[np.int64]:
@@ -90,8 +91,8 @@ def test_rows_do_not_influence_each_other() -> None:
     windows = random_windows(6, 30, 0.1, seed=5)
     batch = make_batch(windows, EOD)
     for row in range(6):
-        alone = make_batch(windows[row : row + 1], EOD)
-        for field in FIELDS:
+        alone = make_batch(windows[row : row + 1], EOD, first_sample=row)
+        for field in ALL_FIELDS:
             assert torch.equal(getattr(alone, field)[0], getattr(batch, field)[row]), field
 
 
@@ -101,6 +102,8 @@ def test_tensors_are_int64_and_count_the_labels() -> None:
         tensor = getattr(batch, field)
         assert tensor.shape == (3, 16)
         assert tensor.dtype == torch.int64
+    assert batch.sample_ids_B.shape == (3,)
+    assert batch.sample_ids_B.dtype == torch.int64
     assert batch.num_tokens == 48
 
 
@@ -118,7 +121,7 @@ def test_split_keeps_all_rows_in_order(rows: int, sizes: list[int]) -> None:
     batch = make_batch(random_windows(8, 16, 0.2, seed=2), EOD)
     parts = batch.split(rows)
     assert [part.tokens_BS.shape[0] for part in parts] == sizes
-    for field in FIELDS:
+    for field in ALL_FIELDS:
         joined = torch.cat([getattr(part, field) for part in parts])
         assert torch.equal(joined, getattr(batch, field)), field
     assert sum(part.num_tokens for part in parts) == batch.num_tokens
@@ -129,7 +132,7 @@ def test_to_moves_every_tensor_to_its_own_place() -> None:
     batch = make_batch(random_windows(4, 16, 0.2, seed=3), EOD)
     same: Batch = batch.to(torch.device("cpu"))
     moved = batch.to(torch.device("meta"))
-    for field in FIELDS:
+    for field in ALL_FIELDS:
         assert torch.equal(getattr(same, field), getattr(batch, field)), field
         assert getattr(moved, field).device.type == "meta"
-        assert getattr(moved, field).shape == (4, 16)
+        assert getattr(moved, field).shape == getattr(batch, field).shape

@@ -217,6 +217,7 @@ def test_position_counts_the_samples_given_out(reader: SplitReader) -> None:
     resumed = TrainStream(reader, batch_size=5, seed=3, position=stream.position)
     assert samples(resumed, 4) == samples(stream, 4)
     assert resumed.position == stream.position == 35
+    assert next(resumed).sample_ids_B.tolist() == [35, 36, 37, 38, 39]
 
 
 def test_another_batch_size_goes_on_with_the_same_samples(reader: SplitReader) -> None:

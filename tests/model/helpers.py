@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from moebius.model.config import ModelConfig
-from moebius.model.context import Ledger, Mode, StepContext
+from moebius.model.context import Mode, StepContext
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor, TokenBatch
+from moebius.model.ledger import Ledger
 from moebius.model.parameters import initialize
 from tests.conftest import model_tree
 
@@ -32,6 +33,7 @@ def batch_of(tokens_BS: Tensor, segment_ids_BS: Tensor | None = None) -> TokenBa
         labels_BS=tokens_BS.roll(-1, dims=1),
         segment_ids_BS=segment_ids_BS,
         positions_BS=positions,
+        sample_ids_B=torch.arange(rows),
     )
 
 

@@ -7,10 +7,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moebius.model.context import Ledger, StepContext
-from moebius.model.cost import balanced_ffn_rows, forward_flops, training_flops, visit_costs
+from moebius.model.context import StepContext
+from moebius.model.cost import balanced_rows, forward_flops, training_flops, visit_costs
 from moebius.model.executor import LocalExecutor
-from moebius.trainer.metrics import ffn_rows
+from moebius.model.ledger import Ledger
+from moebius.trainer.metrics import executed_rows
 from tests.conftest import MOE
 from tests.model.helpers import build, random_batch
 
@@ -50,8 +51,7 @@ def test_forward_flops_equal_the_counter(name: str) -> None:
     # float64: the experts run as plain products, which the counter knows; grouped ones it does not.
     executor = build(torch.float64, **CASES[name])
     counted, ledger = counted_flops(executor, backward=False)
-    rows = ffn_rows(executor.decoder.config, ledger)
-    assert forward_flops(executor.decoder, ROWS, LENGTH, rows) == counted
+    assert forward_flops(executor.decoder, ROWS, LENGTH, executed_rows(ledger)) == counted
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -59,22 +59,34 @@ def test_training_costs_three_forward_passes(name: str) -> None:
     """Each product costs two more backward, exactly: every input on the way needs its gradient."""
     executor = build(torch.float64, **CASES[name])
     counted, ledger = counted_flops(executor, backward=True)
-    rows = ffn_rows(executor.decoder.config, ledger)
-    assert training_flops(executor.decoder, ROWS, LENGTH, rows) == counted
+    assert training_flops(executor.decoder, ROWS, LENGTH, executed_rows(ledger)) == counted
 
 
 def test_nominal_cost_sends_as_many_assignments_as_possible_to_ffn_experts() -> None:
-    executor = build(torch.float64, **CASES["moe"])
+    """One row of an ffn expert per token if there is one such expert, two if there are more."""
+    tokens = float(ROWS * LENGTH)
     one = MOE | {"experts": [MOE["experts"][0] | {"count": 1}, *MOE["experts"][1:]]}
     single = build(ffn=one, depth={"num_layers": 2}).decoder
-    possible = {cost.visit.site: float(ROWS * LENGTH) for cost in visit_costs(single, 1, 1)}
-    assert forward_flops(single, ROWS, LENGTH) == forward_flops(single, ROWS, LENGTH, possible)
-    rows = {cost.visit.site: ROWS * LENGTH * 2.0 for cost in visit_costs(executor.decoder, 1, 1)}
-    nominal = forward_flops(executor.decoder, ROWS, LENGTH)
-    assert nominal == forward_flops(executor.decoder, ROWS, LENGTH, rows)
-    balanced = balanced_ffn_rows(executor.decoder, ROWS, LENGTH)
+    several = build(torch.float64, **CASES["moe"]).decoder
+    for decoder, rows in (
+        (single, [tokens, tokens, 0.0, 0.0, 0.0]),
+        (several, [tokens / 2] * 4 + [0.0] * 4),  # which of the equal experts does not matter
+    ):
+        possible = {cost.visit.site("ffn"): rows for cost in visit_costs(decoder, 1, 1)}
+        nominal = forward_flops(decoder, ROWS, LENGTH)
+        assert nominal == forward_flops(decoder, ROWS, LENGTH, possible)
+
+
+def test_balanced_cost_has_the_loads_of_the_balance_loss() -> None:
+    """Every ffn expert tau times the load of a zero-computation one, at every site."""
+    decoder = build(**CASES["moe"]).decoder
+    balanced = balanced_rows(decoder, ROWS, LENGTH)
+    assert set(balanced) == {cost.visit.site("ffn") for cost in visit_costs(decoder, 1, 1)}
     share = 0.75 * 4 / (0.75 * 4 + 4)
-    assert set(balanced.values()) == {ROWS * LENGTH * 2 * share}
+    assignments = ROWS * LENGTH * 2
+    for rows in balanced.values():
+        assert rows[:4] == pytest.approx([assignments * share / 4] * 4)
+        assert rows[4:] == pytest.approx([assignments * (1 - share) / 4] * 4)
 
 
 @pytest.mark.parametrize("name", CASES)

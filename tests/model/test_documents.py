@@ -17,6 +17,7 @@ def test_a_packed_document_equals_the_document_alone() -> None:
         labels_BS=torch.cat([first.labels_BS, second.labels_BS], dim=1),
         segment_ids_BS=torch.tensor([[0] * 7 + [1] * 9]),
         positions_BS=torch.cat([first.positions_BS, second.positions_BS], dim=1),
+        sample_ids_B=torch.arange(1),
     )
     together = hidden(executor, packed)
     torch.testing.assert_close(together[:, :7], hidden(executor, first), rtol=0, atol=1e-9)

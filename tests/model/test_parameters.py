@@ -18,11 +18,11 @@ def test_roles_of_every_kind_of_parameter() -> None:
         "embedding.weight": Role.EMBED,
         "head.weight": Role.HEAD,
         "layers.1.attention.q.weight": Role.MATRIX,
-        "layers.1.ffn.experts.gate_up": Role.EXPERT,
-        "layers.1.ffn.router.weight": Role.ROUTER,
-        "layers.1.ffn.router.residual": Role.ROUTER,
-        "layers.1.ffn.zero_experts.mix": Role.ROUTER,
-        "layers.1.ffn.zero_experts.constants": Role.BIAS,
+        "layers.1.ffn.experts.groups.0.gate_up": Role.EXPERT,
+        "layers.1.ffn.routers.0.scorer.weight": Role.ROUTER,
+        "layers.1.ffn.routers.0.scorer.residual": Role.ROUTER,
+        "layers.1.ffn.experts.zero.mix": Role.ROUTER,
+        "layers.1.ffn.experts.zero.constants": Role.BIAS,
         "layers.1.attention_norm.weight": Role.NORM_IN,
         "depth_routers.0.score.weight": Role.ROUTER,
     }
@@ -60,5 +60,5 @@ def test_initialisation_ignores_the_global_generator() -> None:
 
 def test_the_first_moe_layer_has_no_residual_it_would_never_use() -> None:
     names = dict(build().decoder.named_parameters())
-    assert "layers.0.ffn.router.residual" not in names
-    assert names["layers.1.ffn.router.residual"].abs().max().item() == 0.0
+    assert "layers.0.ffn.routers.0.scorer.residual" not in names
+    assert names["layers.1.ffn.routers.0.scorer.residual"].abs().max().item() == 0.0

@@ -2,8 +2,8 @@
 
 import pytest
 
-from moebius.model.config import DepthConfig, DepthRouterConfig, Sharing
 from moebius.model.program import build_program, kept_tokens
+from moebius.model.recursion.config import DepthConfig, DepthRouterConfig, Sharing
 from tests.model.helpers import build
 
 

@@ -39,9 +39,9 @@ NAMES = {
     "ffn.gate.": "mlp.gate_proj.",
     "ffn.up.": "mlp.up_proj.",
     "ffn.down.": "mlp.down_proj.",
-    "ffn.router.weight": "mlp.gate.weight",
-    "ffn.experts.gate_up": "mlp.experts.gate_up_proj",
-    "ffn.experts.down": "mlp.experts.down_proj",
+    "ffn.routers.0.scorer.weight": "mlp.gate.weight",
+    "ffn.experts.groups.0.gate_up": "mlp.experts.gate_up_proj",
+    "ffn.experts.groups.0.down": "mlp.experts.down_proj",
 }
 
 
@@ -59,7 +59,7 @@ def logits_agree(ours: LocalExecutor, theirs: torch.nn.Module) -> None:
     state = theirs.state_dict()
     with torch.no_grad():
         for name, parameter in ours.decoder.named_parameters():
-            if "zero_experts" in name:
+            if "experts.zero" in name:
                 assert parameter.numel() == 0
                 continue
             parameter.copy_(state[published_name(name)])

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.model.context import Carry, DepthContext, Ledger, Mode, StepContext, TokenContext
+from moebius.model.context import Carry, DepthContext, Mode, StepContext, TokenContext
 from moebius.model.executor import LocalExecutor, TokenBatch
+from moebius.model.ledger import Ledger
 from moebius.model.program import Visit
 from tests.model.helpers import batch_of, build, hidden, random_batch, scale_parameters
 
@@ -57,18 +59,21 @@ def reference(executor: LocalExecutor, batch: TokenBatch, mode: Mode) -> Tensor:
         ) -> Tensor:
             carry = Carry()
             if scores[where[0]] is not None:
-                carry = Carry(torch.stack([scores[t] for t in where])[None])
+                carry = Carry({"ffn": torch.stack([scores[t] for t in where])[None]})
             tokens = TokenContext(
                 batch.segment_ids_BS[b : b + 1, where],
                 cos_BSC[b : b + 1, where],
                 sin_BSC[b : b + 1, where],
+                batch.sample_ids_B[b : b + 1],
+                place_BS=torch.tensor([where]),
+                row_length=len(scores),
             )
             for name in names:
                 context = DepthContext(Visit(name, 1, 0), tokens, StepContext(mode, Ledger()))
                 block_input, carry = decoder.layers[name](block_input, carry, context)
-            if carry.router_scores_BSN is not None:
+            if "ffn" in carry.router_states:
                 for slot, t in enumerate(where):
-                    scores[t] = carry.router_scores_BSN[0, slot]
+                    scores[t] = carry.router_states["ffn"][0, slot]
             return block_input
 
         everyone = list(range(length))
@@ -312,7 +317,8 @@ def test_auxiliary_loss_is_the_cross_entropy_over_the_candidates() -> None:
             for t in candidates[b].tolist():
                 logit = router.score.weight[0] @ x_BSD[b, t]
                 target = float(t in index[b].tolist())
-                p = logit.sigmoid()
-                terms.append(-(target * p.log() + (1 - target) * (1 - p).log()))
+                # log p and log (1 - p), exact also where p rounds to 1
+                log_p, log_q = F.logsigmoid(logit), F.logsigmoid(-logit)
+                terms.append(-(target * log_p + (1 - target) * log_q))
         total += torch.stack(terms).mean().item()
     assert float(ledger.losses["depth"]) == pytest.approx(0.5 * 0.25 * total, rel=1e-9)

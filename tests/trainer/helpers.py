@@ -16,6 +16,7 @@ from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.console import ConsoleCallback
 from moebius.trainer.callbacks.evaluation import EvaluationCallback
 from moebius.trainer.callbacks.metrics import MetricsCallback
+from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
 from moebius.trainer.config import RunConfig
 from moebius.trainer.loop import train
@@ -47,6 +48,7 @@ def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
         TensorBoardSink(),
         MetricsCallback(),
         EvaluationCallback(),
+        RoutingRecorder(),
         CheckpointCallback(),
     ]
     run = Run(config, read_manifest(Path(config.data.dir)), callbacks)

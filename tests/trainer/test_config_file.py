@@ -135,13 +135,21 @@ def test_overrides_change_nested_values_and_list_items() -> None:
         QUICKSTART, ["optim.lr=3e-4", "model.ffn.experts.0.count=2", "train.micro_batch_size=null"]
     )
     assert config.optim.lr == 3e-4
-    assert config.model.ffn.count("ffn") == 2  # type: ignore[union-attr]
+    assert config.model.ffn.experts[0].count == 2  # type: ignore[union-attr]
     assert config.train.micro_batch_size is None
 
 
-def test_naming_the_kind_that_is_the_default_keeps_its_options() -> None:
-    config = load_config(QUICKSTART, ["model.ffn.balance.kind=switch"])
-    assert config == load_config(QUICKSTART)
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.attention.kind=standard",  # the file leaves these two to their default
+        "model.depth.router.kind=expert_choice",
+        "model.ffn.router.losses.0.kind=switch",
+        "model.ffn.router.selector.kind=top_k",
+    ],
+)
+def test_naming_the_kind_that_is_there_keeps_its_options(override: str) -> None:
+    assert load_config(QUICKSTART, [override]) == load_config(QUICKSTART)
 
 
 def test_the_order_of_overrides_does_not_matter() -> None:
@@ -173,7 +181,11 @@ RULES: list[tuple[dict[str, Any], str, str]] = [
         "model.depth.router.capacities",
         "must not increase",
     ),
-    ({"model.ffn.router.selector.top_k": 9}, "model.ffn.router.selector.top_k", "the pool has 8"),
+    (
+        {"model.ffn.router.selector": {"kind": "top_k", "top_k": 9}},
+        "model.ffn.router.selector",
+        "9 experts per token, but 8 to choose from (the pool has 8)",
+    ),
     (
         {"model.ffn.experts": [{"kind": "ffn", "count": 2}]},
         "model.ffn.experts.0.intermediate_size",
@@ -184,7 +196,7 @@ RULES: list[tuple[dict[str, Any], str, str]] = [
         "model.ffn.experts.0.intermediate_size",
         "a zero expert has no width",
     ),
-    ({"model.ffn.experts": [{"kind": "zero"}]}, "model.ffn.experts", "0 groups of kind ffn"),
+    ({"model.ffn.experts": [{"kind": "zero"}]}, "model.ffn.experts", "nothing is computed"),
     (
         {"data.tokenizer": {"path": "t.json", "vocab_size": 300}},
         "data.tokenizer.vocab_size",
@@ -257,7 +269,7 @@ def test_identity_leaves_out_what_reports_or_places_the_run(run_tree: dict[str, 
     for changes in other:
         assert identity(RunConfig.model_validate(run_tree | changes)) != identity(config)
     tree = json.loads(json.dumps(run_tree))
-    tree["model"]["ffn"]["balance"]["scope"] = "micro_batch"
+    tree["model"]["ffn"]["router"]["losses"][0]["scope"] = "micro_batch"
     published = identity(RunConfig.model_validate(tree))
     tree["train"]["micro_batch_size"] = 4
     assert identity(RunConfig.model_validate(tree)) != published

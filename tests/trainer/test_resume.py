@@ -53,8 +53,13 @@ def test_stopped_at_any_step(run_tree: dict[str, Any], tmp_path: Path, precision
         assert same_state(resumed, whole)
 
 
-def test_stopped_at_every_step(run_tree: dict[str, Any], tmp_path: Path) -> None:
-    """One step per process."""
+@pytest.mark.parametrize("scope", ["sequence", "global"])
+def test_stopped_at_every_step(run_tree: dict[str, Any], tmp_path: Path, scope: str) -> None:
+    """One step per process; a loss of scope `global` remembers the load of the step before."""
+    router = run_tree["model"]["ffn"]["router"]
+    losses = [loss | {"scope": scope} for loss in router["losses"]]
+    ffn = run_tree["model"]["ffn"] | {"router": router | {"losses": losses}}
+    run_tree = run_tree | {"model": run_tree["model"] | {"ffn": ffn}}
     whole = train_run(config_in(run_tree, tmp_path / "whole"))
     config = config_in(run_tree, tmp_path / "steps")
     for step in range(1, 7):
@@ -96,14 +101,14 @@ def test_tensorboard_holds_what_was_logged_from_the_first_step(
         "train/loss",
         "train/lr",
         "train/grad_norm",
-        "train/balance_loss",
+        "train/switch_loss",
         "train/depth_loss",
         "eval/loss",
         "eval/topk_loss",
         "eval/bits_per_byte",
         "speed/mfu",
         "speed/tokens_per_second",
-        "width/ffn_share",
+        "width/computing_share",
         "width/load_max_over_mean",
         "depth/agreement",
     } <= names
@@ -148,7 +153,7 @@ def test_accumulation_in_a_run_changes_rounding_only(
         config = config_in(run_tree, tmp_path / str(rows), train=train)
         run = train_run(config, stop_after=1)
         (line,) = [line for line in logged(run.folder) if "train/loss" in line]
-        values.append((line["train/loss"], line["train/grad_norm"], line["train/balance_loss"]))
+        values.append((line["train/loss"], line["train/grad_norm"], line["train/switch_loss"]))
     for other in values[1:]:
         assert other == pytest.approx(values[0], rel=1e-5)
 

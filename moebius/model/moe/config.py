@@ -67,7 +67,7 @@ class LayerSchedule(ConfigNode):
     largest: PositiveInt
     """most experts of a layer"""
     smallest: PositiveInt = 1
-    """fewest experts of a layer"""
+    """fewest experts of a layer; a budget may go below"""
     cycles: PositiveInt = 2
     """periods of wave"""
     snap: PositiveInt = 1
@@ -82,7 +82,9 @@ class LayerSchedule(ConfigNode):
         low = -(-self.smallest // self.snap)
         high = self.largest // self.snap
         if self.budget is None:
-            units = [min(max(math.floor(value / self.snap + 0.5), low), high) for value in raw]
+            # The small addition rounds values halfway between two multiples alike on every path.
+            nearest = [math.floor(value / self.snap + 0.5 + 1e-9) for value in raw]
+            units = [min(max(unit, low), high) for unit in nearest]
         else:
             factor = self.budget / self.snap / sum(raw)
             units = _share_out([value * factor for value in raw], self.budget // self.snap, high)
