@@ -213,7 +213,9 @@ def _stage_problems(path: str, router: RouterConfig, pool: PoolShape) -> Iterato
     if found:
         return
     selector = router.selector
-    fewest = min([pool.num_experts, *(rule.fewest(pool) for rule in router.candidates)])
+    # Rules may close different experts: what is left at least is what no rule can close.
+    closed = sum(pool.num_experts - rule.fewest(pool) for rule in router.candidates)
+    fewest = max(pool.num_experts - closed, 0)
     if selector.min_candidates(pool.num_experts) > fewest:
         yield Problem(
             f"{path}.selector",
@@ -224,14 +226,23 @@ def _stage_problems(path: str, router: RouterConfig, pool: PoolShape) -> Iterato
         yield Problem(f"{path}.norm.kind", "top_p needs scores that add up to 1: use softmax")
     if selector.asks_router and selector.kind != "all" and router.scorer.kind == "none":
         yield Problem(f"{path}.scorer.kind", f"none, but the selector {selector.kind} asks it")
+    if router.candidates and not selector.asks_router:
+        yield Problem(f"{path}.candidates", f"the selector {selector.kind} does not look at them")
+    if router.capacity and router.capacity.priority == "position" and not selector.fixed_k:
+        yield Problem(
+            f"{path}.capacity.priority",
+            "position is causal only for a fixed number of experts per token, not for "
+            f"{selector.kind}: use score",
+        )
     steered = [control.needs for control in router.controllers]
     for number, needs in enumerate(steered):
         if needs not in selector.accepts:
             yield Problem(
                 f"{path}.controllers.{number}.kind",
-                f"moves a {needs}, which the selector {selector.kind} does not have",
+                f"{router.controllers[number].kind} moves a {needs}, which the selector "
+                f"{selector.kind} does not have",
             )
-    if steered.count("threshold") > 1:
+    if sum(needs != "bias" for needs in steered) > 1:
         yield Problem(f"{path}.controllers", "two controllers move the one threshold")
     for number, loss in enumerate(router.losses):
         if getattr(loss, "published_scale", "switch") != "switch" and not selector.fixed_k:

@@ -80,7 +80,7 @@ class Capacity(Stage):
 
 def _spill(ids_TK: Tensor, overflow_TK: Tensor, scores: Scores, pool: PoolShape) -> Tensor:
     """Send each overflow to the best zero-computation expert that its token has not chosen yet."""
-    free_TN = pool.is_kind(*ZERO_COMPUTATION).to(ids_TK.device).expand_as(scores.probs_TN)
+    free_TN = pool.is_kind(*ZERO_COMPUTATION).to(ids_TK.device) & scores.select_TN.isfinite()
     for slot in range(ids_TK.shape[1]):
         chosen_TN = expert_mask(ids_TK, free_TN.shape[1])
         open_TN = scores.probs_TN.detach().masked_fill(~free_TN | chosen_TN, -1.0)

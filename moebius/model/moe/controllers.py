@@ -17,8 +17,10 @@ from moebius.model.moe.pool import PoolShape
 from moebius.model.moe.stage import Needs, Stage
 from moebius.model.schedule import Scheduled, value_at
 
-HISTOGRAM_BINS = 1024
-LOWEST_LOG2 = -16.0
+INTEGRAL_LIMIT = 0.02
+"""most by which the sum of errors may move the threshold of `target_k` in a step"""
+HISTOGRAM_BINS = 2048
+LOWEST_LOG2 = -32.0
 """scores below 2 to this power share the first bin"""
 
 
@@ -108,7 +110,7 @@ class BudgetControl(ControllerConfig):
 
     kind: Literal["budget"] = "budget"
     group: int = Field(0, ge=0)
-    """number of the expert group in `experts`, ids counted in the order of kinds"""
+    """number of the expert group in the order of ids, from 0"""
     share: float = Field(gt=0, lt=1)
     """their share of all assignments"""
     proportional: float = Field(0.1, ge=0)
@@ -176,7 +178,7 @@ class TargetKControl(ControllerConfig):
     @property
     def needs(self) -> Needs:
         """What the selector must understand."""
-        return "threshold"
+        return "share"
 
     def build(self, pool: PoolShape, num_uses: int) -> Controller:
         """Its state."""
@@ -199,7 +201,9 @@ class _TargetK(Controller):
     def update(self, use: int, sums: Mapping[str, Tensor], step: int) -> None:
         mean_k = sums["expert_tokens"].sum() / sums["tokens"].clamp(min=1)
         error = mean_k - self.config.target
-        self.error_sum_U[use] += error
+        # An unreachable target must not pile up a sum that takes as long to come down again.
+        limit = INTEGRAL_LIMIT / max(self.config.integral, 1e-12)
+        self.error_sum_U[use] = (self.error_sum_U[use] + error).clamp(-limit, limit)
         change = self.config.proportional * error + self.config.integral * self.error_sum_U[use]
         self.threshold_U[use] = (self.threshold_U[use] - change).clamp(0.0, 1.0)
 
@@ -231,7 +235,7 @@ class PercentileControl(ControllerConfig):
     @property
     def needs(self) -> Needs:
         """What the selector must understand."""
-        return self.applied_as
+        return "bias" if self.applied_as == "bias" else "bar"
 
     def build(self, pool: PoolShape, num_uses: int) -> Controller:
         """Its state."""
@@ -269,7 +273,7 @@ class _Percentile(Controller):
 def score_histogram(scores_TN: Tensor, valid_T: Tensor) -> Tensor:
     """How many tokens have a score in each bin, by expert, fp32 `[N, bins]`.
 
-    Bins are equal on the scale of log2 from -16 to 0: 1.1 % wide, whatever the number of experts.
+    Bins are equal on the scale of log2 from -32 to 0: 1.1 % wide, whatever the number of experts.
     """
     position = (scores_TN.clamp(min=2.0**LOWEST_LOG2, max=1.0).log2() / -LOWEST_LOG2 + 1) * (
         HISTOGRAM_BINS

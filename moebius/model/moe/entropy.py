@@ -32,4 +32,4 @@ def entropy(probs_TN: Tensor, measure: Measure, index: float, normalized: bool) 
             largest = (1 - num_experts ** (1 - index)) / (index - 1)
     if not normalized or num_experts == 1:
         return values
-    return values / largest
+    return (values / largest).clamp(max=1.0)  # it may round above

@@ -51,7 +51,6 @@ class Random(Forced):
         noise_TN = ctx.gumbel("random", scores.select_TN.shape[1])
         if self.shares is not None:
             noise_TN = noise_TN + torch.tensor(self.shares, device=noise_TN.device).log()
-        noise_TN = noise_TN.masked_fill(scores.select_TN.isneginf(), float("-inf"))
         return ranked(noise_TN)[:, : self.top_k]
 
 

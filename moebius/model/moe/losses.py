@@ -152,7 +152,11 @@ class DeviceLoss(Loss):
             )
 
     def value(self, seen: Observation) -> Tensor:
-        """`sum_d f'_d P'_d`, f' the mean of a group's `E f_i`, P' its probability; 1 at balance."""
+        """`1 + sum_d (f'_d - 1) P'_d`, f' the mean of a group's `E f_i`, P' its probability.
+
+        Where all experts are dispatched this is `sum_d f'_d P'_d`. 1 at balance, where it pulls no
+        probability to or from the experts that are not.
+        """
         num_dispatched = seen.pool.num_dispatched
         eta_N = torch.ones(seen.pool.num_experts, device=seen.valid_T.device)
         load = seen.load(self.scope, eta_N)
@@ -160,9 +164,8 @@ class DeviceLoss(Loss):
         share_GE = counts_GE / counts_GE.sum(dim=1, keepdim=True).clamp(min=1e-9)
         mean_load_GD = num_dispatched * share_GE.unflatten(1, (self.num_groups, -1)).mean(dim=-1)
         probs_GE = load.mean_probs_GN[:, :num_dispatched]
-        return load.mean(
-            (mean_load_GD * probs_GE.unflatten(1, (self.num_groups, -1)).sum(dim=-1)).sum(dim=1)
-        )
+        probs_GD = probs_GE.unflatten(1, (self.num_groups, -1)).sum(dim=-1)
+        return 1 + load.mean(((mean_load_GD - 1) * probs_GD).sum(dim=1))
 
 
 class MutualInformationLoss(Loss):

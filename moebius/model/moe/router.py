@@ -91,7 +91,9 @@ class Router(ParameterModule):
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: DepthContext, iteration: int = 1) -> Routed:
         """Route each token, book the statistics of the site, and work out its losses."""
         site = self.place.site(self.sublayer, ctx.visit.depth, iteration)
-        route = RouteContext(site, self._use(ctx.visit.depth, iteration), ctx.tokens, ctx.step)
+        by_document = self.config.scorer.granularity == "document"
+        use = self._use(ctx.visit.depth, iteration)
+        route = RouteContext(site, use, ctx.tokens, ctx.step, by_document)
         with torch.autocast(x_BSD.device.type, enabled=False):
             logits_TN, carry = self._score(x_BSD, carry, route, ctx.shared)
             scores = self._scores(logits_TN, route)
@@ -117,7 +119,7 @@ class Router(ParameterModule):
     ) -> tuple[Tensor, Carry]:
         x_BSD = x_BSD.to(torch.promote_types(x_BSD.dtype, torch.float32))
         scorer = self.config.scorer
-        if scorer.granularity == "document":
+        if route.by_document:
             start_BS1 = route.tokens.document_start_BS.unsqueeze(-1)
             x_BSD = x_BSD.gather(1, start_BS1.expand_as(x_BSD))
         x_TD = x_BSD.flatten(0, 1)
@@ -142,8 +144,8 @@ class Router(ParameterModule):
                 select_TN = select_TN + steering.bias_N
             if steering.threshold is not None:
                 threshold = steering.threshold
-        masks = [rule.mask(select_TN, self.pool, route) for rule in self.config.candidates]
-        for mask in masks:
+        for rule in self.config.candidates:
+            mask = rule.mask(select_TN, self.pool, route)
             select_TN = select_TN.masked_fill(~mask, float("-inf"))
         return Scores(logits_TN, affinity_TN, probs_TN, select_TN, threshold)
 

@@ -56,6 +56,8 @@ class RouteContext:
     """which of the uses of its router this is, from 0"""
     tokens: TokenContext
     step: StepContext
+    by_document: bool = False
+    """whether all tokens of a document share their draws, as they share their decision"""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,20 +77,26 @@ class RouteContext:
 
     def uniform(self, purpose: str, columns: int) -> Tensor:
         """Uniform numbers per token, `[T, columns]`; a function of seed, step, site and token."""
-        return uniform(self._key(purpose), self.tokens.global_ids_T, columns)
+        return uniform(self._key(purpose), self._counter_T(), columns)
 
     def normal(self, purpose: str, columns: int) -> Tensor:
         """Standard normal numbers per token, `[T, columns]`."""
-        return normal(self._key(purpose), self.tokens.global_ids_T, columns)
+        return normal(self._key(purpose), self._counter_T(), columns)
 
     def gumbel(self, purpose: str, columns: int) -> Tensor:
         """Standard Gumbel numbers per token, `[T, columns]`."""
-        return gumbel(self._key(purpose), self.tokens.global_ids_T, columns)
+        return gumbel(self._key(purpose), self._counter_T(), columns)
 
     def uniform_per_step(self, purpose: str, columns: int) -> Tensor:
         """Uniform numbers `[columns]` that are the same for all tokens of a step at this site."""
         counter = torch.zeros(1, dtype=torch.int64, device=self.tokens.segment_ids_BS.device)
         return uniform(self._key(purpose), counter, columns)[0]
+
+    def _counter_T(self) -> Tensor:
+        if not self.by_document:
+            return self.tokens.global_ids_T
+        ids_BS = self.tokens.global_ids_T.view(self.shape)
+        return ids_BS.gather(1, self.tokens.document_start_BS).flatten()
 
     def _key(self, purpose: str) -> int:
         text = f"{self.step.seed}/{self.step.step}/{self.site}/{purpose}"

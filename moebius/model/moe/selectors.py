@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
@@ -54,7 +55,9 @@ class TopK(Selector):
         if not sampled:
             return order_TN[:, :top_k]
         head_TK = order_TN[:, : top_k - sampled]
-        noisy_TN = scores.probs_TN.detach().log() + ctx.gumbel("tail", order_TN.shape[1])
+        tiny = torch.finfo(scores.probs_TN.dtype).tiny
+        noisy_TN = scores.probs_TN.detach().clamp(min=tiny).log()
+        noisy_TN = noisy_TN + ctx.gumbel("tail", order_TN.shape[1])
         noisy_TN = noisy_TN.masked_fill(scores.select_TN.isneginf(), float("-inf"))
         noisy_TN = noisy_TN.scatter(1, head_TK, float("-inf"))
         return torch.cat([head_TK, ranked(noisy_TN)[:, :sampled]], dim=1)
@@ -66,7 +69,7 @@ class TopP(Selector):
     Dynamic_MoE (arXiv 2403.07652). The controller `target_k` moves the threshold (DTop-p).
     """
 
-    accepts: ClassVar[tuple[Needs, ...]] = ("threshold",)
+    accepts: ClassVar[tuple[Needs, ...]] = ("share",)
 
     kind: Literal["top_p"] = "top_p"
     threshold: float = Field(0.4, gt=0)
@@ -98,12 +101,12 @@ class TopP(Selector):
 
 
 class Threshold(Selector):
-    """Every expert whose score is above a bar, at least the best one.
+    """Every expert whose score is above a bar; the best one where there is none.
 
     The controller `percentile_ema` moves the bar, one for all experts or one for each.
     """
 
-    accepts: ClassVar[tuple[Needs, ...]] = ("threshold",)
+    accepts: ClassVar[tuple[Needs, ...]] = ("bar",)
 
     kind: Literal["threshold"] = "threshold"
     threshold: float = 0.0
@@ -122,7 +125,7 @@ class Threshold(Selector):
             bar = scores.threshold
         order_TN = ranked(scores.select_TN)
         keep_TN = (scores.select_TN > bar).gather(1, order_TN)
-        keep_TN[:, 0] = True
+        keep_TN[:, 0] |= ~keep_TN.any(dim=1)
         # With a bar per expert the kept ones need not be the best ranked: move them to the front.
         front_TN = (~keep_TN).to(torch.uint8).argsort(dim=1, stable=True)
         order_TN, keep_TN = order_TN.gather(1, front_TN), keep_TN.gather(1, front_TN)
@@ -193,7 +196,7 @@ class EntropyHybrid(Selector):
         undecided_T = (value_T > value_at(self.entropy_threshold, ctx.step.step)) & ctx.valid_T
         # Counting in order keeps the choice causal: a token does not depend on later ones.
         number_T = (undecided_T.view(ctx.shape).cumsum(dim=1) * self.dense_share + 1e-6).floor()
-        before_T = torch.nn.functional.pad(number_T, (1, 0))[:, :-1]
+        before_T = F.pad(number_T, (1, 0))[:, :-1]
         dense_T = undecided_T & (number_T > before_T).flatten()
         order_TN, keep_TN = nucleus(scores.select_TN, self.top_p, "exclude", self.min_k)
         keep_TN = keep_TN | dense_T.unsqueeze(1)
@@ -246,10 +249,10 @@ def nucleus(
     sorted_TN = select_TN.gather(1, order_TN)
     sums_TN = sorted_TN.clamp(min=0).cumsum(dim=1)
     if crossing == "include":
-        before_TN = torch.nn.functional.pad(sums_TN, (1, 0))[:, :-1]
-        keep_TN = before_TN <= threshold
-    else:
-        keep_TN = sums_TN <= threshold
+        sums_TN = F.pad(sums_TN, (1, 0))[:, :-1]
+    # Rounded sums may exceed 1 before the last expert: a threshold of 1 means all of them.
+    bound = torch.as_tensor(threshold, device=sums_TN.device)
+    keep_TN = sums_TN <= bound.masked_fill(bound >= 1, torch.inf)
     keep_TN[:, :min_k] = True
     return order_TN, keep_TN & sorted_TN.isfinite()
 

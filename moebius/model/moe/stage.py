@@ -9,8 +9,9 @@ from moebius.config import ConfigNode
 from moebius.model.moe.pool import PoolShape
 from moebius.model.moe.routing import RouteContext, Scores
 
-Needs = Literal["bias", "threshold"]
-"""what a controller gives a selector: a bias per expert, or a threshold"""
+Needs = Literal["bias", "share", "bar"]
+"""what a controller gives a selector: a bias per expert, the share of probability to gather, or the
+score to be above"""
 
 
 class Stage(ConfigNode):

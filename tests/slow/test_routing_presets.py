@@ -1,0 +1,124 @@
+"""Every preset of configs/routing trains on real text, uses its experts, and resumes exactly."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moebius.data.manifest import Manifest
+from moebius.data.prepare import prepare
+from moebius.trainer.callbacks.base import Callback, StepReport
+from moebius.trainer.callbacks.checkpointing import CheckpointCallback
+from moebius.trainer.callbacks.evaluation import EvaluationCallback
+from moebius.trainer.callbacks.metrics import MetricsCallback
+from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
+from moebius.trainer.callbacks.sinks import JsonlSink
+from moebius.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
+from moebius.trainer.config import RunConfig
+from moebius.trainer.config_file import load_config
+from moebius.trainer.loop import train
+from moebius.trainer.run import Run
+from tests.trainer.helpers import REPOSITORY, logged
+
+PRESETS = sorted(path.stem for path in (REPOSITORY / "configs" / "routing").glob("*.yaml"))
+RECORDED = "duo_llm_random"
+"""whose decisions duo_llm_replay repeats"""
+FREE_TO_CONCENTRATE = ("moduleformer_concentrate", "frozen_router", "moirai_moe")
+"""one is meant to, two have routers that cannot learn to spread the load"""
+
+
+class LastLoad(Callback):
+    """Keeps the assignments per expert of the last steps."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Tensor] = {}
+
+    def on_step_end(self, run: Run, report: StepReport) -> None:
+        if run.step <= run.config.train.num_steps - 5:
+            return
+        for site, sums in report.ledger.statistics.items():
+            if "expert_tokens" in sums:
+                old = self.counts.get(str(site), torch.zeros_like(sums["expert_tokens"]))
+                self.counts[str(site)] = old + sums["expert_tokens"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("presets")
+
+
+@pytest.fixture(scope="module")
+def corpus(folder: Path) -> Manifest:
+    """The quickstart's corpus."""
+    return prepare(preset("small", folder).data, 4096, lambda line: None)
+
+
+def preset(name: str, folder: Path) -> RunConfig:
+    """A preset with its run and its corpus in a folder of the test's."""
+    overrides = [f"run_dir={folder / name}", f"data.dir={folder / 'data'}"]
+    if name == "duo_llm_replay":
+        overrides.append(f"model.ffn.router.selector.path={folder / RECORDED / 'routing'}")
+    return load_config(REPOSITORY / "configs" / "routing" / f"{name}.yaml", overrides)
+
+
+def run_to_the_end(config: RunConfig, manifest: Manifest) -> tuple[Run, LastLoad]:
+    """From the newest checkpoint in the run folder, if there is one."""
+    load = LastLoad()
+    callbacks = [
+        JsonlSink(),
+        MetricsCallback(),
+        EvaluationCallback(),
+        RoutingRecorder(),
+        CheckpointCallback(),
+        load,
+    ]
+    run = Run(config, manifest, callbacks)
+    run.folder.mkdir(exist_ok=True)
+    run.resume()
+    train(run)
+    return run, load
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_learns_spreads_load_and_resumes(name: str, folder: Path, corpus: Manifest) -> None:
+    """50 steps; then the second half again from the checkpoint in the middle."""
+    if name == "duo_llm_replay":
+        run_to_the_end(preset(RECORDED, folder), corpus)
+    config = preset(name, folder)
+    whole, load = run_to_the_end(config, corpus)
+    assert whole.step == config.train.num_steps == 50
+    expected = logged(whole.folder)
+
+    evaluated = [line["eval/loss"] for line in expected if "eval/loss" in line]
+    assert evaluated[-1] < evaluated[0] - 1.5
+    trained = [line["train/loss"] for line in expected if "train/loss" in line]
+    assert trained[-1] < trained[1] < trained[0]
+
+    for site, counts in load.counts.items():
+        effective = effective_experts(counts)
+        print(f"{name} {site}: {effective:.1f} of {len(counts)} experts")
+        if name not in FREE_TO_CONCENTRATE:
+            assert effective >= max(1.5, len(counts) / 4), site
+        assert float((counts == 0).float().mean()) <= 0.25, site
+
+    shutil.rmtree(whole.folder / "checkpoints" / "step-00000050")
+    resumed, _ = run_to_the_end(config, corpus)
+    assert logged(resumed.folder) == expected
+    for a, b in [
+        (model_tensors(resumed.decoder), model_tensors(whole.decoder)),
+        (
+            optimizer_tensors(resumed.decoder, resumed.optimizer),
+            optimizer_tensors(whole.decoder, whole.optimizer),
+        ),
+    ]:
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def effective_experts(counts: Tensor) -> float:
+    """How many equally loaded experts would have the same entropy of load."""
+    share = counts / counts.sum()
+    return float(torch.special.entr(share).sum().exp())
