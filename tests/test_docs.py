@@ -1,13 +1,18 @@
 """What the documents name exists."""
 
+import os
 import re
 import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from moebius.trainer.cli import COMMANDS
 from moebius.trainer.config_file import load_config
+from tests.trainer.helpers import logged, moebius, write_config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,6 +33,63 @@ def test_links_and_paths_exist(document: Path) -> None:
 def test_named_tests_exist(document: Path) -> None:
     for path, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", document.read_text()):
         assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
+
+
+def test_every_routing_preset_is_in_its_document() -> None:
+    text = (ROOT / "docs" / "routing.md").read_text()
+    for path in (ROOT / "configs" / "routing").glob("*.yaml"):
+        assert f"(../configs/routing/{path.name})" in text, path
+
+
+def test_tests_named_without_their_folder_exist() -> None:
+    """docs/routing.md shortens tests/model/moe/test_oracles_...py::name."""
+    text = (ROOT / "docs" / "routing.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 20
+    for file, name in named:
+        source = (ROOT / "tests" / "model" / "moe" / file).read_text()
+        assert f"def {name}" in source, f"{file}::{name}"
+
+
+def test_the_worked_example_trains(run_tree: dict[str, Any], tmp_path: Path) -> None:
+    """The example of docs/routing.md: one new file and a registry entry make a system."""
+    text = (ROOT / "docs" / "routing.md").read_text()
+    python, diff, fragment = (
+        re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL).group(1)  # type: ignore[union-attr]
+        for kind in ("python", "diff", "yaml")
+    )
+    shutil.copytree(ROOT / "moebius", tmp_path / "moebius")
+    new_file = tmp_path / python.splitlines()[0].removeprefix("# ")
+    assert not new_file.exists()
+    new_file.write_text(python)
+    registry = tmp_path / "moebius" / "model" / "moe" / "registry.py"
+    registry.write_text(patched(registry.read_text(), diff))
+
+    selector = yaml.safe_load(fragment)["model"]["ffn"]["router"]["selector"]
+    ffn = {"kind": "moe", "experts": [{"kind": "ffn", "count": 8, "intermediate_size": 16}]}
+    model = run_tree["model"] | {"ffn": ffn | {"router": {"selector": selector}}}
+    path = write_config(run_tree | {"model": model}, tmp_path / "min_p.yaml")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = moebius("train", path, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    losses = [line["train/loss"] for line in logged(run_tree["run_dir"]) if "train/loss" in line]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    per_token = [line.get("width/experts_per_token") for line in logged(run_tree["run_dir"])]
+    assert any(value is not None and 1 < value < 4 for value in per_token)
+    unknown = moebius("describe", path, env=os.environ)
+    assert "'min_p' is not allowed" in unknown.stderr, "without the two changes it is no selector"
+
+
+def patched(source: str, diff: str) -> str:
+    """`source` after a diff whose hunks have no line numbers."""
+    for hunk in diff.split("@@\n")[1:]:
+        lines = hunk.splitlines()
+        old = "\n".join(line[1:] for line in lines if line[0] == "-")
+        new = "\n".join(line[1:] for line in lines if line[0] == "+")
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    return source
 
 
 def test_every_feature_names_a_test() -> None:

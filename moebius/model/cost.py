@@ -1,8 +1,8 @@
 """What a program costs: floating-point operations of the forward pass, counted exactly.
 
 Counted are matrix products (2 per multiply-add): projections, attention scores over the full
-square of present tokens, experts, routers, head. Training costs three times the forward pass, less
-the weight gradients of frozen routers.
+square of present tokens, experts, routers, head. Training counts as three times the forward pass;
+for frozen routers, and those whose scores nothing uses, that is a few products too many.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -153,9 +153,13 @@ def _override(tree: dict[str, Any], places: dict[KeyPath, str], override: str) -
 def _keys(value: Any, prefix: KeyPath) -> Iterator[KeyPath]:
     """The path of a value and those of everything in it."""
     yield prefix
+    children: Iterable[tuple[str | int, Any]] = ()
     if isinstance(value, dict):
-        for key, child in value.items():
-            yield from _keys(child, (*prefix, key))
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    for key, child in children:
+        yield from _keys(child, (*prefix, key))
 
 
 def _is_index(part: str) -> bool:
@@ -222,7 +226,7 @@ def _describe(
         message = f"{given!r} is not allowed{_nearest(str(given), allowed)}"
     elif kind == "union_tag_invalid":
         allowed = re.findall(r"'([^']*)'", context["expected_tags"])
-        name += ".kind"
+        path, name = (*path, "kind"), f"{name}.kind"
         message = f"{context['tag']!r} is not allowed{_nearest(context['tag'], allowed)}"
     elif kind == "union_tag_not_found":
         message = "missing `kind`"

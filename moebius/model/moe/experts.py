@@ -217,7 +217,7 @@ class ExpertPool(ParameterModule):
         """Forward FLOPs for tokens of whose assignments `rows` went to each expert."""
         per_row = self.flops_per_row()
         routed = sum(
-            round(rows * flops) for rows, flops in zip(rows_N, per_row, strict=False) if flops
+            round(rows * flops) for rows, flops in zip(rows_N, per_row, strict=True) if flops
         )
         recurrent = num_tokens * sum(expert.flops_per_row() for expert in self._recurrent())
         return routed + recurrent + self.zero.flops(num_tokens)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import Any
 
 from rich.console import Console
 
@@ -23,5 +24,13 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     # A file may leave to its base what a run requires, at any depth.
     for node in (schema, *schema["$defs"].values()):
         node.pop("required", None)
-    console.out(json.dumps(schema, indent=1), highlight=False)
+    console.out(json.dumps(_any_of(schema), indent=1), highlight=False)
     return 0
+
+
+def _any_of(node: Any) -> Any:
+    """The schema with `anyOf` for `oneOf`: a node without `kind`, which its base names, may be any
+    of several."""
+    if isinstance(node, dict):
+        return {"anyOf" if key == "oneOf" else key: _any_of(value) for key, value in node.items()}
+    return [_any_of(item) for item in node] if isinstance(node, list) else node

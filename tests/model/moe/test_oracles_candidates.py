@@ -9,14 +9,13 @@ from torch import Tensor
 
 from moebius.model.config import ModelConfig
 from moebius.model.moe.candidates import GroupLimited, Progressive
-from moebius.model.moe.forced import Balanced, Random
+from moebius.model.moe.forced import Balanced
 from moebius.model.rules import router_rules
 from tests.model.moe.rig import (
     make_router,
     normal,
     pool_of,
     route_context,
-    scores_of,
     token_context,
     visit,
 )
@@ -198,12 +197,3 @@ def test_balanced_choices_have_equal_load(num_experts: int, top_k: int) -> None:
     if top_k > 1:
         assert bool((ids_BSK.sort(dim=-1).values.diff(dim=-1) > 0).all())
     assert Balanced(top_k=top_k).max_assignments(num_experts) == top_k
-
-
-def test_random_choices_respect_excluded_experts() -> None:
-    """Oracle of its own: an expert that is no candidate is not drawn."""
-    select_TN = normal(500, 4)
-    select_TN[:, 2] = float("-inf")
-    scores = scores_of(normal(500, 4).softmax(dim=1), select_TN)
-    ids_TK = Random(top_k=3).select(scores, route_context(1, 500))
-    assert {frozenset(ids) for ids in ids_TK.tolist()} == {frozenset({0, 1, 3})}
