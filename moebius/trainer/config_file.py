@@ -249,13 +249,17 @@ def _nearest(given: str, allowed: Sequence[str]) -> str:
 def _without_tags(location: KeyPath, tree: Any) -> KeyPath:
     """The path of keys in an error's location, which also names the chosen member of each union."""
     path: list[str | int] = []
+    is_entered = True  # whether the tag of the node has been passed
     for number, part in enumerate(location):
         if isinstance(part, str) and part.startswith("("):
             continue  # a tag of `ByShape`
         last = number == len(location) - 1
+        if not is_entered and isinstance(tree, dict) and tree.get("kind") == part and not last:
+            is_entered = True  # also where an option has the name of the kind
+            continue
         child = _at(tree, (part,))
         if child is not None:
-            tree = child
+            tree, is_entered = child, False
         elif not last or part == "[key]":
             continue
         path.append(part)

@@ -1,6 +1,7 @@
 """Numbers from a step's ledger. They leave the device here, so call this only when reporting."""
 
 import torch
+from torch import Tensor
 
 from moebius.model.decoder import Decoder
 from moebius.model.ledger import Ledger
@@ -37,9 +38,11 @@ def width_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
     executed = sum(
         float(s["executed_tokens"][: computing[site]].sum()) for site, s in sites.items()
     )
-    metrics = {
+    squares = sum(float(sums["logsumexp_squares"]) for sums in sites.values())
+    return {
         "width/computing_share": executed / max(assignments, 1),
         "width/experts_per_token": assignments / max(tokens, 1),
+        "width/experts_per_token_std": max(_deviation(s["k_histogram"]) for s in sites.values()),
         "width/load_max_over_mean": max(
             float(load.max() / load.mean().clamp(min=1e-9)) for load in loads.values()
         ),
@@ -49,8 +52,16 @@ def width_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
         "width/entropy": sum(float(sums["entropy"]) for sums in sites.values()) / max(tokens, 1),
         "width/dropped_share": sum(float(sums["dropped"]) for sums in sites.values())
         / max(assignments, 1),
+        "width/logsumexp_rms": (squares / max(tokens, 1)) ** 0.5,
     }
-    return metrics
+
+
+def _deviation(histogram_K: Tensor) -> float:
+    """Standard deviation of a whole number from how often 0, 1, 2, ... came."""
+    share_K = histogram_K / histogram_K.sum().clamp(min=1)
+    value_K = torch.arange(len(share_K), device=share_K.device)
+    mean = (share_K * value_K).sum()
+    return float((share_K * (value_K - mean).square()).sum().sqrt())
 
 
 def depth_metrics(ledger: Ledger) -> dict[str, float]:

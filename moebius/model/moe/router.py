@@ -203,6 +203,7 @@ class Router(ParameterModule):
             dropped=((chosen.ids_TK >= 0) & (limited.ids_TK != chosen.ids_TK)).sum(),
             prob_sums=seen.per_row.prob_sums_GN.sum(dim=0),
             entropy=(entropy_T * valid_T).sum(),
+            logsumexp_squares=(chosen.logits_TN.logsumexp(dim=-1).square() * valid_T).sum(),
             k_histogram=k_counts.scatter_add(0, k_T, valid_T.to(k_counts.dtype)),
         )
         if any(controller.needs_histogram for controller in self._controllers()):
