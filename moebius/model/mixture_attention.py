@@ -65,7 +65,7 @@ class MixtureAttention(ParameterModule):
             k_BSGC, v_BSGC = self.k(x_BSD).view(kv_heads), self.v(x_BSD).view(kv_heads)
             mixed_BSHC = attend(q_BSHC, k_BSGC, v_BSGC, ctx.tokens, self.config)
             mixed_XA = self._from_heads(mixed_BSHC, slots).reshape(ids_TK.numel(), -1)
-            mixed_RA = mixed_XA[dispatch.assignment_R]
+            mixed_RA = mixed_XA.index_select(0, dispatch.assignment_R)
             mixed_RA = mixed_RA * dispatch.weights_R.to(mixed_RA.dtype).unsqueeze(1)
             rows_RD = grouped_linear(mixed_RA, self.out, dispatch.ends_E)
             y_TD = self.dispatcher.combine(rows_RD, dispatch, torch.zeros_like(x_TD))

@@ -35,7 +35,9 @@ class LocalDispatcher:
         experts = torch.arange(num_dispatched, device=ids.device)
         ends_E = torch.searchsorted(expert_R, experts, right=True).to(torch.int32)
         weights_R = weights_TK.flatten()[assignment_R]
-        return Dispatch(x_TD[source_R], weights_R, ends_E, assignment_R, source_R)
+        # Not `x_TD[source_R]`: the gradient of indexing adds rows in the order threads get to them.
+        rows_RD = x_TD.index_select(0, source_R)
+        return Dispatch(rows_RD, weights_R, ends_E, assignment_R, source_R)
 
     def combine(self, rows_RD: Tensor, dispatch: Dispatch, y_TD: Tensor) -> Tensor:
         """`y` plus each row at the token it came from."""
