@@ -43,4 +43,4 @@ IntPerLayer = Annotated[
     | Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1), LIST],
     ByShape,
 ]
-"""one number for all layers, or a list with one per unique layer"""
+"""one number for all layers, or a list with one per unique layer that routes"""

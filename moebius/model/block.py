@@ -26,10 +26,11 @@ class Block(ParameterModule):
         self.is_parallel = config.block == "parallel"
         self.attention_norm = RMSNorm(hidden, config.norm_eps)
         self.attention: Attention | MixtureAttention
-        if isinstance(config.attention, AttentionConfig):
-            self.attention = Attention(hidden, config.attention, std)
+        attention = config.attention_in(place.index)
+        if isinstance(attention, AttentionConfig):
+            self.attention = Attention(hidden, attention, std)
         else:
-            self.attention = MixtureAttention(config, config.attention, place)
+            self.attention = MixtureAttention(config, attention, place)
         if not self.is_parallel:
             self.ffn_norm = RMSNorm(hidden, config.norm_eps)
         ffn = config.ffn_in(place.index, place.num_layers)

@@ -38,7 +38,7 @@ class MixtureAttentionConfig(AttentionShape):
 
     kind: Literal["mixture"] = "mixture"
     num_experts: PositiveInt
-    """how many"""
+    """N, attention experts of a layer"""
     kv: Literal["shared", "per_expert"] = "shared"
     """keys and values: the same for all experts, or each expert's own (selector `all` only)"""
     router: RouterConfig = RouterConfig()
@@ -53,10 +53,6 @@ class MixtureAttentionConfig(AttentionShape):
     def num_assignments(self) -> int:
         """K, the most experts a token can have."""
         return self.router.selector.max_assignments(self.num_experts)
-
-    def in_layer(self, index: int) -> "MixtureAttentionConfig":
-        """The configuration of one unique layer, in which lists are numbers."""
-        return self.model_copy(update={"router": self.router.in_layer(index)})
 
 
 def _attention_kind(value: Any) -> Any:
@@ -97,6 +93,23 @@ class ModelConfig(ConfigNode):
     """added to the mean square in RMSNorm"""
     init_std: float = Field(0.02, gt=0)
     """standard deviation of initial weights"""
+
+    @property
+    def routers(self) -> dict[str, RouterConfig]:
+        """By sublayer, the configurations of the routers over width."""
+        sublayers = {"attention": self.attention, "ffn": self.ffn}
+        return {
+            name: node.router
+            for name, node in sublayers.items()
+            if isinstance(node, MixtureAttentionConfig | MoEConfig)
+        }
+
+    def attention_in(self, index: int) -> AttentionConfig | MixtureAttentionConfig:
+        """The first sublayer of a unique layer, in which lists are numbers."""
+        if isinstance(self.attention, AttentionConfig):
+            return self.attention
+        router = self.attention.router.in_layer(index)
+        return self.attention.model_copy(update={"router": router})
 
     def ffn_in(self, index: int, num_layers: int) -> DenseConfig | MoEConfig:
         """The second sublayer of a unique layer, in which lists and schedules are numbers."""

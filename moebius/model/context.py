@@ -135,8 +135,8 @@ class StepContext:
     """whether noise, capacities and sampling are on"""
     recompute: bool = False
     """whether activations inside sublayers are computed again in the backward pass"""
-    replay: RoutingTable | None = None
-    """decisions that selectors of kind `replay` repeat"""
+    replay: Mapping[str, RoutingTable] = field(default_factory=dict)
+    """decisions that selectors of kind `replay` repeat, by the path they name"""
 
     def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """`function(*inputs)`; with `recompute` its activations are not kept.

@@ -1,8 +1,9 @@
 """What a program costs: floating-point operations of the forward pass, counted exactly.
 
 Counted are matrix products (2 per multiply-add): projections, attention scores over the full
-square of present tokens, experts, routers, head. Training counts as three times the forward pass;
-for frozen routers, and those whose scores nothing uses, that is a few products too many.
+square of present tokens, experts, routers, head. Training counts as three times the forward pass.
+Where a product needs fewer gradients (frozen scorers, scores that nothing uses, first states of
+recurrent units) that is too much, by about one per cent at most.
 """
 
 from dataclasses import dataclass

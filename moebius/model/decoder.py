@@ -11,7 +11,7 @@ from moebius.kernels.rope import rope_tables
 from moebius.model.block import Block
 from moebius.model.config import MixtureAttentionConfig, ModelConfig
 from moebius.model.ledger import Ledger
-from moebius.model.moe.config import MoEConfig, RouterConfig
+from moebius.model.moe.config import MoEConfig
 from moebius.model.moe.experts import ExpertPool
 from moebius.model.moe.router import Router
 from moebius.model.moe.scorers import ROUTER_GRU, GRUScorerConfig, RouterGRU
@@ -125,12 +125,8 @@ def _shared_modules(
 ) -> nn.ModuleDict:
     """Modules that several layers use: recurrent units of routers, pools of reused experts."""
     shared: dict[str, nn.Module] = {}
-    routers: dict[str, RouterConfig | None] = {
-        "attention": getattr(config.attention, "router", None),
-        "ffn": getattr(config.ffn, "router", None),
-    }
-    for sublayer, router in routers.items():
-        if router is not None and isinstance(router.scorer, GRUScorerConfig):
+    for sublayer, router in config.routers.items():
+        if isinstance(router.scorer, GRUScorerConfig):
             shared[f"{sublayer}_{ROUTER_GRU}"] = RouterGRU(router.scorer, router.frozen)
     for name, place in places.items():
         ffn = config.ffn_in(place.index, place.num_layers)

@@ -16,6 +16,7 @@ from moebius.model.moe.scorers import LinearScorerConfig
 from moebius.model.moe.selectors import All, TopK
 from moebius.model.moe.stage import Stage
 from moebius.model.program import Program, build_program
+from moebius.model.recursion.config import DepthConfig
 
 
 def attention_rules(model: ModelConfig) -> Iterator[Problem]:
@@ -105,17 +106,18 @@ def expert_rules(model: ModelConfig) -> Iterator[Problem]:
         if spec.scale != 1.0 and spec.kind != "low_rank":
             yield Problem(f"{path}.scale", f"{spec.scale}, but only low_rank experts are scaled")
         if program is not None:
-            yield from _count_problems(f"{path}.count", spec, len(program.layers))
+            num_layers = len(model.ffn.moe_layers(len(program.layers)))
+            yield from _count_problems(f"{path}.count", spec, num_layers)
     if all(spec.kind in ("constant", "copy", "zero") for spec in model.ffn.experts):
         yield Problem("ffn.experts", "nothing is computed; add a group of kind ffn")
     if any(spec.kind == "gru" for spec in model.ffn.experts):
-        yield from _order_problems(model)
+        yield from _order_problems(model.ffn.router, model.depth)
 
 
 def _count_problems(path: str, spec: ExpertSpec, num_layers: int) -> Iterator[Problem]:
     count = spec.count
     if isinstance(count, tuple) and len(count) != num_layers:
-        yield Problem(path, f"{len(count)} numbers for {num_layers} unique layers")
+        yield Problem(path, f"{len(count)} numbers for {num_layers} MoE layers")
     if not isinstance(count, LayerSchedule):
         return
     lowest = -(-count.smallest // count.snap) * count.snap
@@ -135,16 +137,20 @@ def _count_problems(path: str, spec: ExpertSpec, num_layers: int) -> Iterator[Pr
         )
 
 
-def _order_problems(model: ModelConfig) -> Iterator[Problem]:
+def _order_problems(router: RouterConfig, depth: DepthConfig) -> Iterator[Problem]:
     """A recurrent expert needs its document's tokens in order and all of them."""
-    assert isinstance(model.ffn, MoEConfig)
-    if model.ffn.router.scorer.granularity != "document":
+    if router.scorer.granularity != "document":
         yield Problem(
             "ffn.router.scorer.granularity",
-            f"{model.ffn.router.scorer.granularity}, but a gru expert has to see whole documents: "
+            f"{router.scorer.granularity}, but a gru expert has to see whole documents: "
             "use document",
         )
-    if model.depth.router is not None:
+    if router.selector.kind in ("balanced", "replay"):
+        yield Problem(
+            "ffn.router.selector.kind",
+            f"{router.selector.kind} decides by token, but a gru expert has to see whole documents",
+        )
+    if depth.router is not None:
         yield Problem(
             "ffn.experts", "a gru expert cannot stand in a block that tokens leave (depth.router)"
         )
@@ -163,12 +169,10 @@ def router_rules(model: ModelConfig) -> Iterator[Problem]:
     program = _program(model)
     if program is None or any(True for _ in expert_rules(model)):
         return
-    seen: set[str] = set()
     lists = list(_list_problems(model, len(program.layers)))
     yield from lists
-    if lists:
-        return
-    for sublayer in _routed_sublayers(model, len(program.layers)):
+    seen: set[str] = set()
+    for sublayer in () if lists else _routed_sublayers(model, len(program.layers)):
         for problem in _stage_problems(*sublayer):
             if problem.path not in seen:
                 seen.add(problem.path)
@@ -176,22 +180,22 @@ def router_rules(model: ModelConfig) -> Iterator[Problem]:
 
 
 def _list_problems(model: ModelConfig, num_layers: int) -> Iterator[Problem]:
-    """A list of experts per token has one number for each layer."""
-    routers = {"ffn.router": getattr(model.ffn, "router", None)}
-    routers["attention.router"] = getattr(model.attention, "router", None)
-    for path, router in routers.items():
-        selector = router.selector if router else None
-        numbers = selector.top_k if isinstance(selector, TopK) else 0
-        if isinstance(numbers, tuple) and len(numbers) != num_layers:
+    """A list of experts per token has one number for each layer that routes."""
+    for name, router in model.routers.items():
+        expected = num_layers
+        if name == "ffn" and isinstance(model.ffn, MoEConfig):
+            expected = len(model.ffn.moe_layers(num_layers))
+        numbers = router.selector.top_k if isinstance(router.selector, TopK) else 0
+        if isinstance(numbers, tuple) and len(numbers) != expected:
             yield Problem(
-                f"{path}.selector.top_k", f"{len(numbers)} numbers for {num_layers} unique layers"
+                f"{name}.router.selector.top_k", f"{len(numbers)} numbers for {expected} MoE layers"
             )
 
 
 def _routed_sublayers(model: ModelConfig, num_layers: int) -> Iterator[RoutedSublayer]:
     for index in range(num_layers):
-        if isinstance(model.attention, MixtureAttentionConfig):
-            attention = model.attention.in_layer(index)
+        attention = model.attention_in(index)
+        if isinstance(attention, MixtureAttentionConfig):
             yield RoutedSublayer("attention.router", attention.router, attention.pool)
         ffn = model.ffn_in(index, num_layers)
         if isinstance(ffn, MoEConfig):
@@ -222,8 +226,10 @@ def _stage_problems(path: str, router: RouterConfig, pool: PoolShape) -> Iterato
             f"{selector.min_candidates(pool.num_experts)} experts per token, but "
             f"{fewest} to choose from (the pool has {pool.num_experts})",
         )
-    if selector.kind == "top_p" and router.norm.kind != "softmax":
-        yield Problem(f"{path}.norm.kind", "top_p needs scores that add up to 1: use softmax")
+    if selector.adds_up_scores and router.norm.kind != "softmax":
+        yield Problem(
+            f"{path}.norm.kind", f"{selector.kind} needs scores that add up to 1: use softmax"
+        )
     if selector.asks_router and selector.kind != "all" and router.scorer.kind == "none":
         yield Problem(f"{path}.scorer.kind", f"none, but the selector {selector.kind} asks it")
     if router.candidates and not selector.asks_router:
@@ -234,16 +240,12 @@ def _stage_problems(path: str, router: RouterConfig, pool: PoolShape) -> Iterato
             "position is causal only for a fixed number of experts per token, not for "
             f"{selector.kind}: use score",
         )
-    steered = [control.needs for control in router.controllers]
-    for number, needs in enumerate(steered):
-        if needs not in selector.accepts:
-            yield Problem(
-                f"{path}.controllers.{number}.kind",
-                f"{router.controllers[number].kind} moves a {needs}, which the selector "
-                f"{selector.kind} does not have",
-            )
-    if sum(needs != "bias" for needs in steered) > 1:
-        yield Problem(f"{path}.controllers", "two controllers move the one threshold")
+    if router.scorer.granularity == "document":
+        if router.capacity is not None:
+            yield Problem(f"{path}.capacity", "a limit would tear documents apart: use null")
+        if getattr(selector, "dense_share", 1.0) < 1.0:
+            yield Problem(f"{path}.selector.dense_share", "would tear documents apart: use 1.0")
+    yield from _controller_problems(path, router, pool)
     for number, loss in enumerate(router.losses):
         if getattr(loss, "published_scale", "switch") != "switch" and not selector.fixed_k:
             yield Problem(
@@ -252,10 +254,32 @@ def _stage_problems(path: str, router: RouterConfig, pool: PoolShape) -> Iterato
             )
 
 
+def _controller_problems(path: str, router: RouterConfig, pool: PoolShape) -> Iterator[Problem]:
+    selector = router.selector
+    for number, control in enumerate(router.controllers):
+        field = f"{path}.controllers.{number}"
+        if control.needs not in selector.accepts:
+            yield Problem(
+                f"{field}.kind",
+                f"{control.kind} moves a {control.needs}, which the selector {selector.kind} does "
+                "not have",
+            )
+            continue
+        for option, message in control.problems_with(selector, pool):
+            yield Problem(f"{field}.{option}", message)
+    thresholds = sum(control.needs != "bias" for control in router.controllers)
+    if thresholds > 1:
+        yield Problem(f"{path}.controllers", "two controllers move the one threshold")
+    if selector.needs_controller and not thresholds:
+        yield Problem(
+            f"{path}.selector.threshold", "missing; give a number or a controller that moves it"
+        )
+
+
 def layer_rules(model: ModelConfig) -> Iterator[Problem]:
     """Dense layers, reuse groups, chains and residuals must fit the layers they join."""
     ffn, program = model.ffn, _program(model)
-    if not isinstance(ffn, MoEConfig) or program is None:
+    if not isinstance(ffn, MoEConfig) or program is None or any(True for _ in expert_rules(model)):
         return
     num_layers = len(program.layers)
     dense = set(ffn.dense.layers) if ffn.dense else set()
@@ -268,17 +292,19 @@ def layer_rules(model: ModelConfig) -> Iterator[Problem]:
         return
     if num_moe % ffn.reuse:
         yield Problem("ffn.reuse", f"groups of {ffn.reuse} do not divide {num_moe} MoE layers")
-    uniform = all(isinstance(spec.count, int) for spec in ffn.experts)
+    pools = {tuple(spec.count_in(i, num_moe) for spec in ffn.experts) for i in range(num_moe)}
+    uniform = len(pools) == 1
     if ffn.reuse > 1 and not uniform:
         yield Problem("ffn.reuse", "layers that reuse experts need the same number in each")
     if ffn.chain is not None and model.block == "parallel":
         yield Problem("ffn.chain", "a parallel block has one turn; use block: sequential")
     scorer = ffn.router.scorer
     is_residual = isinstance(scorer, LinearScorerConfig) and scorer.gating_residual
-    if is_residual and not uniform and model.depth.sharing != "none":
+    is_chained = ffn.chain is not None and ffn.chain.routers == "shared"
+    if is_residual and not uniform and (model.depth.sharing != "none" or is_chained):
         yield Problem(
             "ffn.router.scorer.gating_residual",
-            "a shared layer has one W_g, so all layers need the same number of experts",
+            "a shared layer or router has one W_g, so all layers need the same number of experts",
         )
 
 

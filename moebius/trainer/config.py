@@ -7,8 +7,8 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from moebius.config import ConfigNode, Problem
 from moebius.data.config import DATA_RULES, DataConfig
-from moebius.model.config import MixtureAttentionConfig, ModelConfig
-from moebius.model.moe.config import MoEConfig, RouterConfig
+from moebius.model.config import ModelConfig
+from moebius.model.moe.config import RouterConfig
 from moebius.model.rules import MODEL_RULES
 from moebius.trainer.optim import OptimConfig
 from moebius.trainer.schedules import WSDSchedule
@@ -84,7 +84,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     Left out is what reports or places the run. The corpus is compared by its content instead.
     """
     train = {"device", "recompute"}
-    if not any(depends_on_micro_batch(router) for router in routers(config.model)):
+    if not any(depends_on_micro_batch(router) for router in config.model.routers.values()):
         train.add("micro_batch_size")
     excluded: dict[str, Any] = {
         "run_dir": True,
@@ -94,15 +94,9 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "train": train,
         "data": {"dir", "source", "tokenizer", "validation_fraction"},
     }
-    return dict(_leaves(config.model_dump(mode="json", exclude=excluded), ()))
-
-
-def routers(model: ModelConfig) -> Iterator[RouterConfig]:
-    """The configurations of a model's routers over width."""
-    if isinstance(model.attention, MixtureAttentionConfig):
-        yield model.attention.router
-    if isinstance(model.ffn, MoEConfig):
-        yield model.ffn.router
+    leaves = dict(_leaves(config.model_dump(mode="json", exclude=excluded), ()))
+    # Where the decisions lie that a router replays may change, too.
+    return {name: value for name, value in leaves.items() if not name.endswith("selector.path")}
 
 
 def depends_on_micro_batch(router: RouterConfig) -> bool:

@@ -33,11 +33,35 @@ def load_routing(folder: Path, device: torch.device) -> RoutingTable:
             f"selector replay: '{folder}' holds no recorded routing",
             "train a run with log.record_routing and name its routing folder",
         )
-    try:
-        steps = [load_file(path, str(device)) for path in paths]
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"selector replay: cannot read a file of '{folder}': {error}") from None
+    steps = [_load_step(path, device) for path in paths]
+    shapes = [{site: ids.shape[1:] for site, ids in step.items()} for step in steps]
+    for path, shape in zip(paths, shapes, strict=True):
+        if shape != shapes[0]:
+            raise DataError(
+                f"selector replay: '{path}' holds other sites or shapes than '{paths[0]}'",
+                "record all steps with one config",
+            )
     sample_ids = torch.cat([step.pop(SAMPLE_IDS) for step in steps])
     order = sample_ids.argsort()
     experts = {site: torch.cat([step[site] for step in steps])[order] for site in steps[0]}
     return RoutingTable(sample_ids[order], experts)
+
+
+def _load_step(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """One file, checked. Raises DataError where it is none of a recorded step."""
+    try:
+        tensors = load_file(path, str(device))
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"selector replay: cannot read '{path}': {error}") from None
+    sample_ids = tensors.get(SAMPLE_IDS)
+    if sample_ids is None or sample_ids.dim() != 1 or len(tensors) == 1:
+        raise DataError(
+            f"selector replay: '{path}' needs a list {SAMPLE_IDS} and a tensor per site"
+        )
+    for site, ids in tensors.items():
+        if site != SAMPLE_IDS and (ids.dim() != 3 or len(ids) != len(sample_ids)):
+            raise DataError(
+                f"selector replay: '{path}': {site} is {list(ids.shape)}; expected "
+                f"[{len(sample_ids)}, sequence length, experts per token]"
+            )
+    return tensors

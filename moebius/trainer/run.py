@@ -33,7 +33,7 @@ from moebius.trainer.checkpoint.tensors import (
     model_tensors,
     optimizer_tensors,
 )
-from moebius.trainer.config import Device, RunConfig, identity, routers
+from moebius.trainer.config import Device, RunConfig, identity
 from moebius.trainer.config_file import load_config
 from moebius.trainer.optim import build_optimizer
 from moebius.trainer.routing_record import load_routing
@@ -82,7 +82,7 @@ class Run:
         )
         self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep)
         self.callbacks = sorted(callbacks, key=lambda callback: callback.priority)
-        self.replay = replay_table(config.model, self.device)
+        self.replay = replay_tables(config.model, self.device)
         self.step = 0
         self.stop_signal: int | None = None
 
@@ -146,16 +146,11 @@ class Run:
             callback.load_state_dict(record.callbacks.get(callback.name, {}))
 
 
-def replay_table(model: ModelConfig, device: torch.device) -> RoutingTable | None:
-    """The recorded decisions that some router of a model is to repeat."""
-    paths = {
-        router.selector.path for router in routers(model) if isinstance(router.selector, Replay)
-    }
-    tables = [load_routing(Path(path), device) for path in sorted(paths)]
-    if not tables:
-        return None
-    experts = {site: ids for table in tables for site, ids in table.experts.items()}
-    return RoutingTable(tables[0].sample_ids_R, experts)
+def replay_tables(model: ModelConfig, device: torch.device) -> dict[str, RoutingTable]:
+    """By path, the recorded decisions that routers of a model are to repeat."""
+    selectors = [router.selector for router in model.routers.values()]
+    paths = {selector.path for selector in selectors if isinstance(selector, Replay)}
+    return {path: load_routing(Path(path), device) for path in paths}
 
 
 def check_vocabulary(config: RunConfig, manifest: Manifest) -> None:

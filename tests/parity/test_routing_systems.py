@@ -68,9 +68,7 @@ class Trained:
     initial: dict[str, Tensor]
 
 
-def train(
-    decoder: Decoder, rows: int, recompute: bool, replay: RoutingTable | None = None
-) -> Trained:
+def train(decoder: Decoder, rows: int, recompute: bool, replay: dict[str, RoutingTable]) -> Trained:
     """Two SGD steps on the same batch in micro-batches of so many rows."""
     executor = LocalExecutor(copy.deepcopy(decoder))
     batch = whole_batch()
@@ -157,7 +155,9 @@ def assert_same_state(got: dict[str, Tensor], expected: dict[str, Tensor]) -> No
 def test_cut_and_recomputation_change_nothing(name: str, depth: str) -> None:
     """1 x 4 against 4 x 1 rows, with and without recomputation."""
     decoder = lively_decoder(name, depth)
-    replay = recorded_routing(depth) if name == "duo_llm_replay" else None
+    replay = {}
+    if name == "duo_llm_replay":
+        replay = {"runs/routing/duo_llm_random/routing": recorded_routing(depth)}
     expected = train(decoder, ROWS, recompute=False, replay=replay)
     for rows, recompute in [(1, False), (ROWS, True), (2, True)]:
         assert_same(train(decoder, rows, recompute, replay), expected)

@@ -5,10 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from moebius.errors import DataError
+from moebius.model.config import ModelConfig
+from moebius.model.context import StepContext
+from moebius.model.decoder import Decoder
+from moebius.model.executor import LocalExecutor
+from moebius.model.ledger import Ledger
+from moebius.model.moe.replay import RoutingTable
+from moebius.model.moe.router import Router
+from moebius.model.parameters import initialize
 from moebius.trainer.config import RunConfig
 from moebius.trainer.routing_record import load_routing
+from tests.model.helpers import batch_of
 from tests.trainer.helpers import error_line, logged, moebius, train_run, write_config
 
 POOL = [{"kind": "ffn", "count": 4, "intermediate_size": 16}, {"kind": "zero"}]
@@ -89,5 +99,63 @@ def test_what_cannot_be_replayed_is_one_line(run_tree: dict[str, Any], tmp_path:
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "step-00000001.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(DataError, match="cannot read a file of"):
+    with pytest.raises(DataError, match=r"cannot read '.*step-00000001"):
         load_routing(tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([{"a@1": (2, 4, 1)}], "needs a list sample_ids"),
+        ([{"sample_ids": (2,)}], "and a tensor per site"),
+        ([{"sample_ids": (2,), "a@1": (2, 4)}], r"a@1 is \[2, 4\]; expected \[2, sequence length"),
+        ([{"sample_ids": (2,), "a@1": (3, 4, 1)}], r"a@1 is \[3, 4, 1\]; expected \[2, "),
+        (
+            [
+                {"sample_ids": (2,), "a@1": (2, 4, 1)},
+                {"sample_ids": (2,), "b@1": (2, 4, 1)},
+            ],
+            "other sites or shapes than",
+        ),
+    ],
+)
+def test_a_record_made_by_hand_is_checked(
+    steps: list[dict[str, tuple[int, ...]]], message: str, tmp_path: Path
+) -> None:
+    for number, step in enumerate(steps):
+        tensors = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in step.items()}
+        save_file(tensors, tmp_path / f"step-{number:08}.safetensors")
+    with pytest.raises(DataError, match=message):
+        load_routing(tmp_path, torch.device("cpu"))
+
+
+def test_routers_replay_the_record_that_each_names(run_tree: dict[str, Any]) -> None:
+    """Two folders are two tables; one does not hide the other."""
+    attention = run_tree["model"]["attention"] | {"kind": "mixture", "num_experts": 2}
+    selectors = [{"kind": "replay", "path": name} for name in ("a", "b")]
+    ffn = {"kind": "moe", "experts": POOL, "router": {"selector": selectors[1]}}
+    tree = run_tree["model"] | {
+        "attention": attention | {"router": {"selector": selectors[0]}},
+        "ffn": ffn,
+    }
+    decoder = Decoder(ModelConfig.model_validate(tree))
+    initialize(decoder, 0)
+    tokens = torch.arange(32).view(2, 16)
+    tables = {}
+    for expert, path in enumerate("ab"):
+        sites = [
+            router.place.site(router.sublayer, depth)
+            for router in decoder.modules()
+            if isinstance(router, Router)
+            for depth in range(1, router.place.num_depths + 1)
+        ]
+        ids = {str(site): torch.full((2, 16, 1), expert) for site in sites}
+        tables[path] = RoutingTable(torch.arange(2), ids)
+    ledger = Ledger()
+    step = StepContext("topk", ledger, training=True, replay=tables)
+    LocalExecutor(decoder).loss_sum(batch_of(tokens), step)
+    for site, sums in ledger.statistics.items():
+        if "expert_tokens" in sums:
+            expected = 0 if site.module.endswith("attention") else 1
+            assert int(sums["expert_tokens"].argmax()) == expected, site
+            assert int((sums["expert_tokens"] > 0).sum()) == 1, site

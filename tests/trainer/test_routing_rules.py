@@ -1,8 +1,15 @@
 """Combinations of routing stages that cannot work are refused with the field to blame."""
 
+from typing import cast
+
 import pytest
+import torch
 
 from moebius.errors import ConfigError
+from moebius.model.block import Block
+from moebius.model.decoder import Decoder
+from moebius.model.mixture_attention import MixtureAttention
+from moebius.model.moe.layer import MoE
 from moebius.trainer.config_file import load_config
 from tests.trainer.helpers import REPOSITORY
 
@@ -10,7 +17,7 @@ ROUTER = "model.ffn.router"
 CASES = [
     ("moepp", ["selector.top_k=13"], "selector", "13 experts per token, but 12 to choose from"),
     ("moepp", ["selector.sampled_tail=3"], "selector.sampled_tail", "3 of top_k = 2"),
-    ("moepp", ["selector.top_k=[2, 2]"], "selector.top_k", "2 numbers for 4 unique layers"),
+    ("moepp", ["selector.top_k=[2, 2]"], "selector.top_k", "2 numbers for 4 MoE layers"),
     ("moepp", ["selector={kind: fixed, ids: [12]}"], "selector.ids", "allowed: 0 to 11"),
     ("moepp", ["selector={kind: fixed, ids: [1, 1]}"], "selector.ids", "named twice"),
     (
@@ -97,6 +104,38 @@ CASES = [
         "candidates.0.kind",
         "set reuse to 2",
     ),
+    (
+        "dtop_p",
+        ["controllers.0.target=11.0"],
+        "controllers.0.target",
+        "11.0, but the selector gives 1 to 10 experts",
+    ),
+    ("dtop_p", ["controllers.0.start=0.7"], "controllers.0.start", "but the highest is 0.6"),
+    ("dtop_p", ["selector.max_threshold=0.3"], "selector.max_threshold", "below threshold = 0.4"),
+    (
+        "dynamoe_ema",
+        ["controllers=[]"],
+        "selector.threshold",
+        "give a number or a controller",
+    ),
+    (
+        "dynmole",
+        ["norm.kind=sigmoid"],
+        "norm.kind",
+        "entropy_hybrid needs scores that add up to 1",
+    ),
+    (
+        "dynmole",
+        ["scorer={kind: linear, granularity: document}"],
+        "selector.dense_share",
+        "would tear documents apart",
+    ),
+    (
+        "moepp",
+        ["scorer={kind: linear, granularity: document}"],
+        "capacity",
+        "would tear documents apart",
+    ),
     ("duo_llm_random", ["selector.shares=[1, 1]"], "selector.shares", "2 numbers for 3 experts"),
     ("duo_llm_random", ["selector.shares=[0, 0, 0]"], "selector.shares", "fewer than top_k"),
 ]
@@ -104,7 +143,7 @@ LAYER_CASES = [
     ("rexmoe", ["model.ffn.reuse=3"], "model.ffn.reuse", "groups of 3 do not divide 4 MoE"),
     (
         "rexmoe",
-        ["model.ffn.experts.0.count=[8, 8, 8, 8]"],
+        ["model.ffn.experts.0.count=[8, 8, 4, 8]"],
         "model.ffn.reuse",
         "need the same number in each",
     ),
@@ -114,6 +153,27 @@ LAYER_CASES = [
         ["model.ffn.dense.layers=[0, 1, 2, 3]"],
         "model.ffn.dense.layers",
         "use ffn: {kind: dense}",
+    ),
+    (
+        "moepp",
+        [
+            "model.ffn.experts.0.count=[4, 6, 8, 4]",
+            "model.ffn.chain={iterations: 2, routers: shared}",
+        ],
+        "model.ffn.router.scorer.gating_residual",
+        "a shared layer or router has one W_g",
+    ),
+    (
+        "hecto",
+        ["model.ffn.router.selector={kind: balanced, top_k: 1}"],
+        "model.ffn.router.selector.kind",
+        "balanced decides by token",
+    ),
+    (
+        "deepseek_moe",
+        ["model.ffn.router.selector.top_k=[6, 6, 6, 6]"],
+        "model.ffn.router.selector.top_k",
+        "4 numbers for 3 MoE layers",
     ),
     ("chain_of_experts", ["model.block=parallel"], "model.ffn.chain", "has one turn"),
     ("mola", ["model.ffn.experts.0.count=[2, 4]"], "model.ffn.experts.0.count", "2 numbers for 4"),
@@ -132,12 +192,12 @@ LAYER_CASES = [
     (
         "moepp",
         [
-            "model.ffn.experts.0.count=[8, 8]",
+            "model.ffn.experts.0.count=[8, 4]",
             "model.depth={num_layers: 4, sharing: cycle, num_recursions: 2}",
             "model.ffn.router.capacity=null",
         ],
         "model.ffn.router.scorer.gating_residual",
-        "a shared layer has one W_g",
+        "a shared layer or router has one W_g",
     ),
     (
         "hecto",
@@ -214,3 +274,26 @@ def test_mistyped_options_are_one_line_with_their_place(override: str, message: 
     (line,) = str(caught.value).splitlines()
     assert message in line
     assert line.startswith("command line: ")
+
+
+def test_lists_per_layer_reach_every_router() -> None:
+    """Also the attention's; dense layers have no number."""
+    model = load_config(
+        REPOSITORY / "configs" / "routing" / "moduleformer.yaml",
+        [
+            "model.attention.router.selector.top_k=[1, 2, 3, 4]",
+            "model.ffn.dense={layers: [1], intermediate_size: 64}",
+            "model.ffn.router.selector.top_k=[1, 2, 3]",
+            "model.ffn.experts.0.count={shape: ascending, largest: 8, smallest: 2, budget: 15}",
+            "model.ffn.router.selector.sampled_tail=0",
+            "model.attention.router.selector.sampled_tail=0",
+        ],
+    ).model
+    with torch.device("meta"):
+        decoder = Decoder(model)
+    blocks = [cast(Block, decoder.layers[name]) for name in decoder.program.layers]
+    attention = [cast(MixtureAttention, block.attention).config for block in blocks]
+    assert [config.num_assignments for config in attention] == [1, 2, 3, 4]
+    routed = [block.ffn.config for block in blocks if isinstance(block.ffn, MoE)]
+    assert [config.num_assignments for config in routed] == [1, 2, 3]
+    assert sum(config.num_experts for config in routed) == 15

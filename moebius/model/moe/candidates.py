@@ -108,7 +108,7 @@ class Exclude(Candidates):
 
     kind: Literal["exclude"] = "exclude"
     ids: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]
-    """their ids"""
+    """ids of the experts that no token gets"""
 
     def mask(self, select_TN: Tensor, pool: PoolShape, ctx: RouteContext) -> Tensor:
         """Bool `[N]`."""

@@ -126,7 +126,7 @@ class ExpertSpec(ConfigNode):
         | Annotated[LayerSchedule, MAPPING],
         ByShape,
     ] = 1
-    """how many of them: a number, a list with one per layer (MoLA), or a schedule (DynaMoE)"""
+    """how many of them: a number, a list with one per MoE layer (MoLA), or a schedule (DynaMoE)"""
     intermediate_size: PositiveInt | None = None
     """width of each; the rank of low_rank, the state size of gru"""
     scale: float = Field(1.0, gt=0)
@@ -193,10 +193,17 @@ class MoEConfig(ConfigNode):
     dense: DenseLayers | None = None
     """layers without routing"""
 
+    def moe_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Which of the unique layers route: lists and schedules count these."""
+        dense = self.dense.layers if self.dense else ()
+        return tuple(index for index in range(num_layers) if index not in dense)
+
     def in_layer(self, index: int, num_layers: int) -> MoEConfig:
         """The configuration of one unique layer, in which lists and schedules are numbers."""
+        layers = self.moe_layers(num_layers)
+        index = layers.index(index)
         experts = tuple(
-            spec.model_copy(update={"count": spec.count_in(index, num_layers)})
+            spec.model_copy(update={"count": spec.count_in(index, len(layers))})
             for spec in self.experts
         )
         return self.model_copy(update={"experts": experts, "router": self.router.in_layer(index)})

@@ -14,9 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moebius.model.moe.pool import PoolShape
-from moebius.model.moe.stage import Needs, Stage
+from moebius.model.moe.stage import Needs, Selector, Stage
 from moebius.model.schedule import Scheduled, value_at
 
+BIAS_LIMIT = 1.0
+"""most that the sum of errors may make of the bias of `budget`: scores are between 0 and 1"""
 INTEGRAL_LIMIT = 0.02
 """most by which the sum of errors may move the threshold of `target_k` in a step"""
 HISTOGRAM_BINS = 2048
@@ -55,7 +57,11 @@ class ControllerConfig(Stage):
         """What the selector must understand."""
         raise NotImplementedError
 
-    def build(self, pool: PoolShape, num_uses: int) -> Controller:
+    def problems_with(self, selector: Selector, pool: PoolShape) -> Iterator[tuple[str, str]]:
+        """(option, what is wrong) where the options do not fit the selector."""
+        return iter(())
+
+    def build(self, pool: PoolShape, selector: Selector, num_uses: int) -> Controller:
         """The state, for so many uses of the router."""
         raise NotImplementedError
 
@@ -79,7 +85,7 @@ class BiasControl(ControllerConfig):
         """What the selector must understand."""
         return "bias"
 
-    def build(self, pool: PoolShape, num_uses: int) -> Controller:
+    def build(self, pool: PoolShape, selector: Selector, num_uses: int) -> Controller:
         """Its state."""
         return _Bias(self, pool, num_uses)
 
@@ -128,7 +134,7 @@ class BudgetControl(ControllerConfig):
         """What the selector must understand."""
         return "bias"
 
-    def build(self, pool: PoolShape, num_uses: int) -> Controller:
+    def build(self, pool: PoolShape, selector: Selector, num_uses: int) -> Controller:
         """Its state."""
         return _Budget(self, pool, num_uses)
 
@@ -154,7 +160,8 @@ class _Budget(Controller):
     def update(self, use: int, sums: Mapping[str, Tensor], step: int) -> None:
         counts = sums["expert_tokens"]
         error = self.config.share - (counts * self.member_N).sum() / counts.sum().clamp(min=1)
-        self.error_sum_U[use] += error
+        limit = BIAS_LIMIT / max(self.config.integral, 1e-12)
+        self.error_sum_U[use] = (self.error_sum_U[use] + error).clamp(-limit, limit)
         self.bias_U[use] = (
             self.config.proportional * error + self.config.integral * self.error_sum_U[use]
         )
@@ -175,23 +182,36 @@ class TargetKControl(ControllerConfig):
     integral: float = Field(0.0005, ge=0)
     """gain on the sum of errors"""
 
+    def problems_with(self, selector: Selector, pool: PoolShape) -> Iterator[tuple[str, str]]:
+        """The target and the start must be within reach."""
+        most = selector.max_assignments(pool.num_experts)
+        if not selector.min_candidates(pool.num_experts) <= self.target <= most:
+            yield (
+                "target",
+                f"{self.target}, but the selector gives "
+                f"{selector.min_candidates(pool.num_experts)} to {most} experts",
+            )
+        if self.start > selector.highest_threshold:
+            yield "start", f"{self.start}, but the highest is {selector.highest_threshold}"
+
     @property
     def needs(self) -> Needs:
         """What the selector must understand."""
         return "share"
 
-    def build(self, pool: PoolShape, num_uses: int) -> Controller:
+    def build(self, pool: PoolShape, selector: Selector, num_uses: int) -> Controller:
         """Its state."""
-        return _TargetK(self, num_uses)
+        return _TargetK(self, selector.highest_threshold, num_uses)
 
 
 class _TargetK(Controller):
     threshold_U: Tensor
     error_sum_U: Tensor
 
-    def __init__(self, config: TargetKControl, num_uses: int) -> None:
+    def __init__(self, config: TargetKControl, highest: float, num_uses: int) -> None:
         super().__init__()
         self.config = config
+        self.highest = highest
         self.register_buffer("threshold_U", torch.full((num_uses,), config.start))
         self.register_buffer("error_sum_U", torch.zeros(num_uses))
 
@@ -205,7 +225,7 @@ class _TargetK(Controller):
         limit = INTEGRAL_LIMIT / max(self.config.integral, 1e-12)
         self.error_sum_U[use] = (self.error_sum_U[use] + error).clamp(-limit, limit)
         change = self.config.proportional * error + self.config.integral * self.error_sum_U[use]
-        self.threshold_U[use] = (self.threshold_U[use] - change).clamp(0.0, 1.0)
+        self.threshold_U[use] = (self.threshold_U[use] - change).clamp(0.0, self.highest)
 
 
 class PercentileControl(ControllerConfig):
@@ -219,7 +239,7 @@ class PercentileControl(ControllerConfig):
 
     kind: Literal["percentile_ema"] = "percentile_ema"
     percentile: float = Field(0.5, gt=0, lt=1)
-    """tau"""
+    """tau, the share of scores that are below the bar"""
     momentum: float = Field(0.99, ge=0, lt=1)
     """weight of the old bar; the first step sets it alone"""
     per_expert: bool = False
@@ -237,7 +257,7 @@ class PercentileControl(ControllerConfig):
         """What the selector must understand."""
         return "bias" if self.applied_as == "bias" else "bar"
 
-    def build(self, pool: PoolShape, num_uses: int) -> Controller:
+    def build(self, pool: PoolShape, selector: Selector, num_uses: int) -> Controller:
         """Its state."""
         return _Percentile(self, pool, num_uses)
 

@@ -29,7 +29,7 @@ class Random(Forced):
 
     kind: Literal["random"] = "random"
     top_k: PositiveInt = 1
-    """how many"""
+    """experts per token"""
     shares: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | None = None
     """relative frequency of each expert, which sets the compute; default: equal"""
 
@@ -66,9 +66,11 @@ class Balanced(Forced):
         return self.top_k
 
     def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
-        """Ids `[T, K]`: assignment j of the token at place i of a row goes to `i * K + j mod N`."""
+        """Ids `[T, K]`: assignment j of token i of the stream goes to `i * K + j mod N`."""
         num_experts = scores.select_TN.shape[1]
-        first_T = ctx.tokens.place_BS.clamp(min=0).flatten() * self.top_k
+        tokens = ctx.tokens
+        number_BS = tokens.sample_ids_B.unsqueeze(1) * tokens.row_length + tokens.place_BS
+        first_T = number_BS.flatten() * self.top_k
         slot_K = torch.arange(self.top_k, device=first_T.device)
         return (first_T.unsqueeze(1) + slot_K) % num_experts
 
@@ -78,7 +80,7 @@ class Fixed(Forced):
 
     kind: Literal["fixed"] = "fixed"
     ids: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]
-    """which"""
+    """ids of the experts that every token gets"""
 
     def problems(self, pool: PoolShape) -> Iterator[tuple[str, str]]:
         """Different experts that are there."""
@@ -112,8 +114,7 @@ class Replay(Forced):
 
     def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
         """Ids `[T, K]`. see `RoutingTable.decisions` for what it raises."""
-        if ctx.step.replay is None or not ctx.step.training:
+        table = ctx.step.replay.get(self.path)
+        if table is None or not ctx.step.training:
             return ranked(scores.select_TN)[:, : self.top_k]
-        return ctx.step.replay.decisions(
-            ctx.site, ctx.tokens, self.top_k, scores.select_TN.shape[1]
-        )
+        return table.decisions(ctx.site, ctx.tokens, self.top_k, scores.select_TN.shape[1])

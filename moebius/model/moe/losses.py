@@ -145,7 +145,7 @@ class DeviceLoss(Loss):
 
     def problems(self, pool: PoolShape) -> Iterator[tuple[str, str]]:
         """Devices hold equally many experts."""
-        if pool.num_dispatched % self.num_groups:
+        if pool.num_dispatched % self.num_groups or not pool.num_dispatched:
             yield (
                 "num_groups",
                 f"{self.num_groups} groups do not divide {pool.num_dispatched} experts evenly",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,11 @@ class RoutingTable:
     experts: Mapping[str, Tensor]
     """by the site's name, `[R, S, K]`, -1 for no expert"""
 
+    @cached_property
+    def highest_ids(self) -> dict[str, int]:
+        """The highest id at each site; read from the device once."""
+        return {site: int(ids.max()) for site, ids in self.experts.items()}
+
     def decisions(self, site: Site, tokens: TokenContext, top_k: int, num_experts: int) -> Tensor:
         """The experts of each present token, `[T, K]`, int64.
 
@@ -38,15 +44,12 @@ class RoutingTable:
                 "record a run with the same layers, recursions and iterations",
             )
         _, length, recorded_k = experts_RSK.shape
-        if (
-            recorded_k != top_k
-            or length != tokens.row_length
-            or int(experts_RSK.max()) >= num_experts
-        ):
+        highest = self.highest_ids[str(site)]
+        if recorded_k != top_k or length != tokens.row_length or highest >= num_experts:
             raise DataError(
                 f"selector replay: the record of site {site} has {recorded_k} experts per token, "
-                f"ids up to {int(experts_RSK.max())} and rows of {length} tokens, the model "
-                f"{top_k}, {num_experts - 1} and {tokens.row_length}",
+                f"ids up to {highest} and rows of {length} tokens, the model {top_k}, "
+                f"{num_experts - 1} and {tokens.row_length}",
                 "record a run with the same experts, top_k and sequence length",
             )
         ids_BSK = experts_RSK[self._places(tokens.sample_ids_B)].long()

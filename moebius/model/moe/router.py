@@ -79,7 +79,9 @@ class Router(ParameterModule):
             )
         )
         num_uses = place.num_depths * len(iterations)
-        self.controllers = nn.ModuleList(c.build(pool, num_uses) for c in config.controllers)
+        self.controllers = nn.ModuleList(
+            control.build(pool, config.selector, num_uses) for control in config.controllers
+        )
         self.register_buffer("is_null_N", pool.is_kind("zero"), persistent=False)
         self.remembers_load = any(loss.remembers_load for loss in config.losses)
         if self.remembers_load:

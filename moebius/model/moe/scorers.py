@@ -132,7 +132,7 @@ class MLPScorerConfig(ScorerConfig):
     intermediate_size: PositiveInt = 256
     """width between the two layers"""
     activation: Literal["gelu", "tanh"] = "gelu"
-    """between them"""
+    """nonlinearity between the two layers"""
 
     def build(self, shape: ScorerShape) -> Scorer:
         """The module."""

@@ -25,14 +25,18 @@ class TopK(Selector):
     """The K best experts of each token."""
 
     fixed_k: ClassVar[bool] = True
-    accepts: ClassVar[tuple[Needs, ...]] = ("bias",)
 
     kind: Literal["top_k"] = "top_k"
     top_k: IntPerLayer = 2
     """experts per token, zero-computation ones included; a list has one number per layer (MoLA)"""
     sampled_tail: NonNegativeInt = 0
-    """so many of the K are drawn in training from the probabilities of the experts left
-    (ModuleFormer)"""
+    """so many of the K are drawn in training in proportion to the scores of the experts left
+    (ModuleFormer), a controller's bias included"""
+
+    @property
+    def accepts(self) -> tuple[Needs, ...]:
+        """A bias, which moves ranks."""
+        return ("bias",)
 
     def max_assignments(self, num_experts: int) -> int:
         """K, the most experts a token can have."""
@@ -55,8 +59,8 @@ class TopK(Selector):
         if not sampled:
             return order_TN[:, :top_k]
         head_TK = order_TN[:, : top_k - sampled]
-        tiny = torch.finfo(scores.probs_TN.dtype).tiny
-        noisy_TN = scores.probs_TN.detach().clamp(min=tiny).log()
+        tiny = torch.finfo(scores.select_TN.dtype).tiny
+        noisy_TN = scores.select_TN.clamp(min=tiny).log()
         noisy_TN = noisy_TN + ctx.gumbel("tail", order_TN.shape[1])
         noisy_TN = noisy_TN.masked_fill(scores.select_TN.isneginf(), float("-inf"))
         noisy_TN = noisy_TN.scatter(1, head_TK, float("-inf"))
@@ -69,7 +73,7 @@ class TopP(Selector):
     Dynamic_MoE (arXiv 2403.07652). The controller `target_k` moves the threshold (DTop-p).
     """
 
-    accepts: ClassVar[tuple[Needs, ...]] = ("share",)
+    adds_up_scores: ClassVar[bool] = True
 
     kind: Literal["top_p"] = "top_p"
     threshold: float = Field(0.4, gt=0)
@@ -81,10 +85,26 @@ class TopP(Selector):
     max_threshold: float | None = Field(None, gt=0)
     """the highest share that a controller may ask for; default: `threshold`"""
 
+    @property
+    def accepts(self) -> tuple[Needs, ...]:
+        """The share."""
+        return ("share",)
+
+    @property
+    def highest_threshold(self) -> float:
+        """The highest share."""
+        return self.max_threshold or self.threshold
+
+    def problems(self, pool: PoolShape) -> Iterator[tuple[str, str]]:
+        """The highest share is not below the first."""
+        if self.highest_threshold < self.threshold:
+            yield "max_threshold", f"{self.max_threshold} is below threshold = {self.threshold}"
+
     def max_assignments(self, num_experts: int) -> int:
         """K: equal probabilities need the most experts."""
-        share = max(self.threshold, self.max_threshold or 0.0)
-        most = math.floor(share * num_experts + 1e-9) + (self.crossing == "include")
+        most = math.floor(self.highest_threshold * num_experts + 1e-9) + (
+            self.crossing == "include"
+        )
         return min(max(most, self.min_k), num_experts)
 
     def min_candidates(self, num_experts: int) -> int:
@@ -95,7 +115,7 @@ class TopP(Selector):
         """Ids `[T, K]`, best first."""
         threshold: float | Tensor = self.threshold
         if scores.threshold is not None:
-            threshold = scores.threshold.clamp(max=self.max_threshold or self.threshold)
+            threshold = scores.threshold.clamp(max=self.highest_threshold)
         order_TN, keep_TN = nucleus(scores.select_TN, threshold, self.crossing, self.min_k)
         return chosen(order_TN, keep_TN, self.max_assignments(order_TN.shape[1]))
 
@@ -106,13 +126,21 @@ class Threshold(Selector):
     The controller `percentile_ema` moves the bar, one for all experts or one for each.
     """
 
-    accepts: ClassVar[tuple[Needs, ...]] = ("bar",)
-
     kind: Literal["threshold"] = "threshold"
-    threshold: float = 0.0
-    """the bar, where no controller sets it"""
+    threshold: float | None = None
+    """the bar; null: a controller sets it"""
     max_k: PositiveInt | None = None
     """never more than these; default: no cap"""
+
+    @property
+    def accepts(self) -> tuple[Needs, ...]:
+        """The bar."""
+        return ("bar",)
+
+    @property
+    def needs_controller(self) -> bool:
+        """Whether no bar is given."""
+        return self.threshold is None
 
     def max_assignments(self, num_experts: int) -> int:
         """K."""
@@ -120,9 +148,9 @@ class Threshold(Selector):
 
     def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
         """Ids `[T, K]`, best first."""
-        bar: float | Tensor = self.threshold
-        if scores.threshold is not None:
-            bar = scores.threshold
+        bar = self.threshold if scores.threshold is None else scores.threshold
+        if bar is None:
+            raise ValueError("selector threshold: neither a threshold nor a controller")
         order_TN = ranked(scores.select_TN)
         keep_TN = (scores.select_TN > bar).gather(1, order_TN)
         keep_TN[:, 0] |= ~keep_TN.any(dim=1)
@@ -144,7 +172,7 @@ class PercentileRow(Selector):
 
     kind: Literal["percentile_row"] = "percentile_row"
     percentile: float = Field(0.5, ge=0, lt=1)
-    """tau"""
+    """tau, the share of a token's experts that are below its threshold"""
 
     def max_assignments(self, num_experts: int) -> int:
         """K, at least 1."""
@@ -167,6 +195,8 @@ class EntropyHybrid(Selector):
     times the compute: a schedule of the threshold, and `dense_share`.
     """
 
+    adds_up_scores: ClassVar[bool] = True
+
     kind: Literal["entropy_hybrid"] = "entropy_hybrid"
     measure: Measure = "tsallis"
     """normalised entropy of the probabilities"""
@@ -179,7 +209,7 @@ class EntropyHybrid(Selector):
     min_k: PositiveInt = 2
     """so many they get at least"""
     dense_share: float = Field(1.0, ge=0, le=1)
-    """of a row's undecided tokens, in order, this share gets all experts: at 0.5 every second"""
+    """of a document's undecided tokens this share gets all experts: at 0.5 every second one"""
 
     def max_assignments(self, num_experts: int) -> int:
         """K."""
@@ -194,14 +224,24 @@ class EntropyHybrid(Selector):
         probs_TN = scores.probs_TN.detach()
         value_T = entropy(probs_TN, self.measure, self.index, normalized=True)
         undecided_T = (value_T > value_at(self.entropy_threshold, ctx.step.step)) & ctx.valid_T
-        # Counting in order keeps the choice causal: a token does not depend on later ones.
-        number_T = (undecided_T.view(ctx.shape).cumsum(dim=1) * self.dense_share + 1e-6).floor()
-        before_T = F.pad(number_T, (1, 0))[:, :-1]
-        dense_T = undecided_T & (number_T > before_T).flatten()
+        dense_T = undecided_T & self._is_due(undecided_T.view(ctx.shape), ctx).flatten()
         order_TN, keep_TN = nucleus(scores.select_TN, self.top_p, "exclude", self.min_k)
         keep_TN = keep_TN | dense_T.unsqueeze(1)
         keep_TN &= scores.select_TN.gather(1, order_TN).isfinite()
         return chosen(order_TN, keep_TN, order_TN.shape[1])
+
+    def _is_due(self, undecided_BS: Tensor, ctx: RouteContext) -> Tensor:
+        """True where the number of undecided tokens of the document, up to this one, times the
+        share passes a whole number. Counting in order is causal, and by document it does not
+        depend on what else is in the row."""
+        counts_BS = undecided_BS.cumsum(dim=1)
+        before_BS = counts_BS - undecided_BS.long()
+        start_BS = before_BS.gather(1, ctx.tokens.document_start_BS)
+        now, before = (
+            ((counts - start_BS) * self.dense_share + 1e-6).floor()
+            for counts in (counts_BS, before_BS)
+        )
+        return now > before
 
 
 class All(Selector):
@@ -240,7 +280,7 @@ def nucleus(
     crossing: Literal["include", "exclude"],
     min_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Ranked ids and which of them gather `threshold` of the probability, both `[T, N]`.
+    """Ranked ids and which of them gather `threshold` of the candidates' probability, `[T, N]`.
 
     include: the fewest whose sum is above the threshold; exclude: as many as stay within it. The
     sums are taken in the precision of the scores: in bf16 they would choose other experts.
@@ -248,6 +288,7 @@ def nucleus(
     order_TN = ranked(select_TN)
     sorted_TN = select_TN.gather(1, order_TN)
     sums_TN = sorted_TN.clamp(min=0).cumsum(dim=1)
+    sums_TN = sums_TN / sums_TN[:, -1:]  # of the open experts
     if crossing == "include":
         sums_TN = F.pad(sums_TN, (1, 0))[:, :-1]
     # Rounded sums may exceed 1 before the last expert: a threshold of 1 means all of them.

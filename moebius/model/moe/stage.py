@@ -29,8 +29,23 @@ class Selector(Stage):
     """whether the choice depends on scores"""
     fixed_k: ClassVar[bool] = False
     """whether every token gets the same number of experts"""
-    accepts: ClassVar[tuple[Needs, ...]] = ()
-    """what controllers may steer"""
+    adds_up_scores: ClassVar[bool] = False
+    """whether it needs scores that add up to 1"""
+
+    @property
+    def accepts(self) -> tuple[Needs, ...]:
+        """What controllers may steer."""
+        return ()
+
+    @property
+    def highest_threshold(self) -> float:
+        """The most that a controller can set its threshold to with effect."""
+        return 1.0
+
+    @property
+    def needs_controller(self) -> bool:
+        """Whether only a controller can give it a threshold."""
+        return False
 
     def max_assignments(self, num_experts: int) -> int:
         """K, the most experts a token can have."""

@@ -81,7 +81,8 @@ def summary(decoder: Decoder, sequence_length: int) -> list[str]:
         size = sum(p.numel() for p in decoder.shared.parameters())
         lines.append(f"used by several layers: {', '.join(decoder.shared)} ({size:,} parameters)")
     rows = balanced_rows(decoder, 1, sequence_length)
-    if rows:
+    learned = [r.selector for r in decoder.config.routers.values() if r.selector.asks_router]
+    if rows and all(selector.fixed_k for selector in learned) and learned:
         balanced = forward_flops(decoder, 1, sequence_length, rows) / sequence_length
         lines.append(
             "the FLOPs above give every token its costliest experts; at balance of the load: "

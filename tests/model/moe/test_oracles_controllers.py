@@ -16,6 +16,7 @@ from moebius.model.moe.controllers import (
     score_histogram,
 )
 from moebius.model.moe.router import Router
+from moebius.model.moe.selectors import TopK, TopP
 from moebius.model.rules import router_rules
 from tests.model.moe.rig import (
     make_router,
@@ -41,7 +42,7 @@ def only_controller(router: Router) -> Any:
 def test_bias_drifts_by_rate_on_unbalanced_experts_only(centered: bool) -> None:
     """Oracle 14: with constant counts `rate` per step, up where the load is below the mean, down
     where above, nothing where equal; centred keeps the sum 0."""
-    control = BiasControl(rate=1e-3, centered=centered).build(pool_of(("ffn", 5)), 1)
+    control = BiasControl(rate=1e-3, centered=centered).build(pool_of(("ffn", 5)), TopK(), 1)
     for step in range(10):
         control.update(0, counts(14, 8, 2, 6, 10), step)
     expected_N = 0.01 * torch.tensor([-1.0, 0, 1, 1, -1])
@@ -58,7 +59,7 @@ def test_bias_drifts_by_rate_on_unbalanced_experts_only(centered: bool) -> None:
 def test_bias_rate_has_a_schedule() -> None:
     """Oracle 14: the step of the bias follows the schedule, to 0 where that ends (DeepSeek-V3)."""
     config = BiasControl.model_validate({"rate": [[0, 1e-3], [10, 1e-3], [20, 0.0]]})
-    control = config.build(pool_of(("ffn", 2)), 1)
+    control = config.build(pool_of(("ffn", 2)), TopK(), 1)
     expected = 0.0
     for step in range(40):
         control.update(0, counts(3, 1), step)
@@ -69,7 +70,7 @@ def test_bias_rate_has_a_schedule() -> None:
 def test_bias_of_computing_experts_only() -> None:
     """Oracle 14: with `computing` zero-computation experts are neither counted nor moved."""
     pool = pool_of(("ffn", 2), ("copy", 1), ("zero", 1))
-    control = BiasControl(rate=0.5, experts="computing").build(pool, 1)
+    control = BiasControl(rate=0.5, experts="computing").build(pool, TopK(), 1)
     control.update(0, counts(6, 4, 90, 0), 1)
     assert control.steer(0).bias_N.tolist() == [-0.5, 0.5, 0, 0]
 
@@ -178,18 +179,33 @@ def test_target_k_reaches_its_mean(target: float) -> None:
 def test_target_k_follows_its_formula() -> None:
     """Oracle of its own: `theta -= k_p e + k_i sum(e)`, e the mean K less the target, in 0..1."""
     config = TargetKControl(target=2.0, start=0.5, proportional=0.02, integral=0.005)
-    control = config.build(pool_of(("ffn", 4)), 1)
+    control = config.build(pool_of(("ffn", 4)), TopP(threshold=0.3, max_threshold=0.55), 1)
     theta, error_sum = 0.5, 0.0
     for step, mean_k in enumerate([3.0, 2.5, 1.0, 1.0, 2.0, 4.0]):
         control.update(
             0, {"expert_tokens": torch.full((4,), mean_k * 2.5), "tokens": torch.tensor(10)}, step
         )
         error_sum += mean_k - 2
-        theta -= 0.02 * (mean_k - 2) + 0.005 * error_sum
+        theta = min(theta - 0.02 * (mean_k - 2) - 0.005 * error_sum, 0.55)
         assert float(control.steer(0).threshold) == pytest.approx(theta, rel=1e-5)
     for step in range(100):
         control.update(0, counts(100, 100, 100, 100), step)
     assert float(control.steer(0).threshold) == 0
+    for step in range(100):
+        control.update(0, {"expert_tokens": torch.ones(4), "tokens": torch.tensor(10)}, step)
+    assert float(control.steer(0).threshold) == pytest.approx(0.55), "not above what has an effect"
+
+
+def test_controllers_do_not_wind_up() -> None:
+    """Oracle of its own: after a thousand steps at a target out of reach, the bias of `budget` is
+    still of the size of scores, and the way back is short."""
+    control = BudgetControl(group=0, share=0.9).build(pool_of(("ffn", 1), ("zero", 1)), TopK(), 1)
+    for step in range(1000):
+        control.update(0, counts(0, 10), step)
+    assert 1.0 <= float(control.steer(0).bias_N[0]) <= 1.2
+    for step in range(60):
+        control.update(0, counts(10, 0), step)
+    assert float(control.steer(0).bias_N[0]) < 0.8
 
 
 @pytest.mark.parametrize(

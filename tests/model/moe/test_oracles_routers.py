@@ -223,7 +223,7 @@ def test_replayed_decisions_are_the_recorded_ones() -> None:
     )
     order = torch.tensor([2, 0, 3, 1])
     mixed = type(batch)(**{name: values[order] for name, values in vars(batch).items()})
-    again = gradients(replayer, in_parts(mixed, 1), keep_routings=True, replay=table).result
+    again = gradients(replayer, in_parts(mixed, 1), keep_routings=True, replay={"-": table}).result
     torch.testing.assert_close(again.loss, record.loss, rtol=1e-12, atol=0)
     for site, ids_BSK in routings.items():
         assert torch.equal(again.ledger.routings[site], ids_BSK[order])
@@ -232,7 +232,7 @@ def test_replayed_decisions_are_the_recorded_ones() -> None:
     router = router_of(replayer, "0")
     x_BSD = normal(4, 12, 16)
     own_TK = (x_BSD.flatten(0, 1) @ router.scorer.weight.T).topk(2).indices
-    assert torch.equal(visit(router, x_BSD, replay=table).ids_TK, own_TK)
+    assert torch.equal(visit(router, x_BSD, replay={"-": table}).ids_TK, own_TK)
 
 
 def decide(table: RoutingTable, **changes: Any) -> Tensor:
