@@ -36,6 +36,17 @@ def shape_of(value: Any) -> str:
     return MAPPING.tag if isinstance(value, dict | BaseModel) else NUMBER.tag
 
 
+def kind_or(default: str) -> Discriminator:
+    """Chooses the member of a union by its `kind`, which a file may leave to `default`."""
+
+    def kind_of(value: Any) -> Any:
+        if isinstance(value, dict):
+            return value.get("kind", default)
+        return getattr(value, "kind", default)
+
+    return Discriminator(kind_of)
+
+
 NUMBER, LIST, MAPPING = Tag("(number)"), Tag("(list)"), Tag("(mapping)")
 ByShape = Discriminator(shape_of)
 IntPerLayer = Annotated[

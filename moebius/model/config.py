@@ -1,10 +1,10 @@
 """Configuration of the model; `rules` holds what spans its fields."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag
+from pydantic import Field, PositiveInt, Tag
 
-from moebius.config import ConfigNode
+from moebius.config import ConfigNode, kind_or
 from moebius.model.moe.config import MoEConfig, RouterConfig
 from moebius.model.moe.pool import PoolShape
 from moebius.model.recursion.config import DepthConfig
@@ -55,12 +55,6 @@ class MixtureAttentionConfig(AttentionShape):
         return self.router.selector.max_assignments(self.num_experts)
 
 
-def _attention_kind(value: Any) -> Any:
-    if isinstance(value, dict):
-        return value.get("kind", "standard")
-    return getattr(value, "kind", "standard")
-
-
 class DenseConfig(ConfigNode):
     """One SwiGLU for all tokens."""
 
@@ -79,7 +73,7 @@ class ModelConfig(ConfigNode):
     attention: Annotated[
         Annotated[AttentionConfig, Tag("standard")]
         | Annotated[MixtureAttentionConfig, Tag("mixture")],
-        Discriminator(_attention_kind),
+        kind_or("standard"),
     ]
     """the first sublayer of every block; of kind `standard` where none is given"""
     ffn: Annotated[DenseConfig | MoEConfig, Field(discriminator="kind")]

@@ -203,7 +203,11 @@ def _routed_sublayers(model: ModelConfig, num_layers: int) -> Iterator[RoutedSub
 
 
 def _stage_problems(path: str, router: RouterConfig, pool: PoolShape) -> Iterator[Problem]:
-    stages: dict[str, Stage] = {"selector": router.selector, "weights": router.weights}
+    stages: dict[str, Stage] = {
+        "norm": router.norm,
+        "selector": router.selector,
+        "weights": router.weights,
+    }
     stages |= {f"candidates.{i}": rule for i, rule in enumerate(router.candidates)}
     stages |= {f"losses.{i}": loss for i, loss in enumerate(router.losses)}
     stages |= {f"controllers.{i}": control for i, control in enumerate(router.controllers)}
@@ -226,7 +230,7 @@ def _stage_problems(path: str, router: RouterConfig, pool: PoolShape) -> Iterato
             f"{selector.min_candidates(pool.num_experts)} experts per token, but "
             f"{fewest} to choose from (the pool has {pool.num_experts})",
         )
-    if selector.adds_up_scores and router.norm.kind != "softmax":
+    if selector.adds_up_scores and not router.norm.adds_up:
         yield Problem(
             f"{path}.norm.kind", f"{selector.kind} needs scores that add up to 1: use softmax"
         )

@@ -15,7 +15,7 @@ from moebius.model.moe.layer import MoE
 from moebius.model.moe.losses import Load, SwitchLoss, switch_loss
 from moebius.model.moe.routing import RouteContext, Scores
 from moebius.model.moe.selectors import TopK
-from moebius.model.moe.weights import WeightPolicy
+from moebius.model.moe.weights import DropNullRenormalize, Raw, Renormalize
 from moebius.model.program import Visit
 from tests.conftest import MOE
 from tests.model.helpers import build, random_batch, rows_of, scale_parameters
@@ -148,8 +148,8 @@ def test_released_policy_gives_an_ffn_beside_a_zero_expert_weight_one() -> None:
     ids = select_best(probs, top_k=2)
     assert ids.tolist() == [[0, 2]]
     weights = {
-        kind: WeightPolicy(kind=kind).weights(probs, ids, is_null)[0].tolist()
-        for kind in ("raw", "renormalize", "drop_null_renormalize")
+        policy.kind: policy.weights(probs, ids, is_null)[0].tolist()
+        for policy in (Raw(), Renormalize(), DropNullRenormalize())
     }
     assert weights["raw"] == pytest.approx([0.5, 0.3])
     assert weights["renormalize"] == pytest.approx([0.625, 0.375])
@@ -160,8 +160,7 @@ def test_only_zero_experts_chosen_gives_weights_zero_and_finite_gradients() -> N
     logits = torch.tensor([[0.0, 5.0, 5.0]], requires_grad=True)
     is_null = torch.tensor([False, True, True])
     ids = torch.tensor([[1, 2]])
-    policy = WeightPolicy(kind="drop_null_renormalize")
-    weights = policy.weights(logits.softmax(dim=1), ids, is_null)
+    weights = DropNullRenormalize().weights(logits.softmax(dim=1), ids, is_null)
     assert weights.tolist() == [[0.0, 0.0]]
     (gradient,) = torch.autograd.grad(weights.sum(), logits)
     assert bool(gradient.isfinite().all())

@@ -172,3 +172,37 @@ def assert_exercised(trained: Trained, name: str) -> None:
     remembered = [key for key in trained.state if "controllers" in key or ".last_" in key]
     for key in remembered:
         assert not torch.equal(trained.state[key], trained.initial[key]), key
+
+
+FORCED = ("duo_llm_random", "duo_llm_random_budget", "duo_llm_replay", "forced_balance")
+"""whose decisions are those of a place or a draw, not of a document"""
+
+
+def evaluated(decoder: Decoder, batch: TokenBatch) -> Tensor:
+    """Final hidden states as in evaluation and generation."""
+    with torch.no_grad():
+        step = StepContext("threshold", Ledger(), step=FIRST_STEP + 20, seed=3)
+        return LocalExecutor(decoder).hidden(batch, step)
+
+
+@pytest.mark.parametrize(("name", "depth"), [case for case in CASES if case[0] not in FORCED])
+def test_a_token_depends_on_its_documents_past_alone(name: str, depth: str) -> None:
+    """A document in a packed row equals the document alone, and changing later tokens changes no
+    earlier one."""
+    decoder = lively_decoder(name, depth)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, VOCABULARY, (1, 18), generator=generator)
+    segments = torch.tensor([[0] * 7 + [1] * 11])
+    packed = batch_of(tokens, segments)
+    packed.positions_BS[:, 7:] -= 7
+    both = evaluated(decoder, packed)
+    alone = evaluated(decoder, batch_of(tokens[:, 7:]))
+    torch.testing.assert_close(both[:, 7:], alone, rtol=0, atol=1e-6)
+
+    changed = tokens.clone()
+    changed[:, 14:] = (changed[:, 14:] + 1) % VOCABULARY
+    other = batch_of(changed, segments)
+    other.positions_BS[:, 7:] -= 7
+    again = evaluated(decoder, other)
+    torch.testing.assert_close(again[:, :14], both[:, :14], rtol=0, atol=1e-9)
+    assert not torch.equal(again[:, 14:], both[:, 14:])

@@ -33,7 +33,6 @@ CASES = [
         "selector",
         "2 experts per token, but 1 to choose from",
     ),
-    ("moepp", ["weights.straight_through=true"], "weights.straight_through", "not raw"),
     (
         "moepp",
         ["scorer={kind: none}"],
@@ -265,6 +264,8 @@ def test_refused(preset: str, overrides: list[str], path: str, message: str) -> 
         ("model.ffn.router.losses.0.kind=swich", "losses.0.kind: 'swich' is not allowed; did you"),
         ("model.ffn.router.selector.kind=top_q", "'top_q' is not allowed; did you mean top_p?"),
         ("model.ffn.router.selector.topk=3", "selector.topk: unknown option; did you mean top_k?"),
+        ("model.ffn.router.weights.straight_through=true", "weights.straight_through: unknown"),
+        ("model.ffn.router.norm.kind=softmx", "norm.kind: 'softmx' is not allowed; did you mean"),
         ("model.attention.kind=mixtur", "attention.kind: 'mixtur' is not allowed; did you mean"),
     ],
 )

@@ -10,18 +10,20 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from moebius.config import LIST, MAPPING, NUMBER, ByShape, ConfigNode
 from moebius.model.moe.capacity import Capacity
 from moebius.model.moe.losses import SwitchLoss
-from moebius.model.moe.norms import ScoreNorm
+from moebius.model.moe.norms import Softmax
 from moebius.model.moe.pool import ID_ORDER, ExpertKind, PoolShape
 from moebius.model.moe.registry import (
     AnyCandidates,
     AnyController,
     AnyLoss,
+    AnyNorm,
     AnyScorer,
     AnySelector,
+    AnyWeights,
 )
 from moebius.model.moe.scorers import LinearScorerConfig
 from moebius.model.moe.selectors import TopK
-from moebius.model.moe.weights import WeightPolicy
+from moebius.model.moe.weights import Raw
 
 
 class RouterConfig(ConfigNode):
@@ -29,13 +31,13 @@ class RouterConfig(ConfigNode):
 
     scorer: AnyScorer = LinearScorerConfig()
     """from a token to a raw score per expert"""
-    norm: ScoreNorm = ScoreNorm()
+    norm: AnyNorm = Softmax()
     """from raw scores to scores"""
     candidates: Annotated[tuple[AnyCandidates, ...], Field(strict=False)] = ()
     """restrictions of the choice, all of which apply"""
     selector: AnySelector = TopK()
     """from scores to chosen experts"""
-    weights: WeightPolicy = WeightPolicy()
+    weights: AnyWeights = Raw()
     """factors on the chosen experts' outputs"""
     capacity: Capacity | None = None
     """limit of assignments per expert; null: nothing is dropped"""

@@ -1,21 +1,22 @@
 """From logits to scores."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from moebius.config import ConfigNode
 from moebius.model.moe.routing import RouteContext
+from moebius.model.moe.stage import Stage
 from moebius.model.schedule import Scheduled, value_at
 
 
-class ScoreNorm(ConfigNode):
+class ScoreNorm(Stage):
     """How logits become the scores that experts are chosen and weighted by."""
 
-    kind: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax: over all experts; sigmoid: each expert by itself (DeepSeek-V3)"""
+    adds_up: ClassVar[bool] = False
+    """whether the scores of a token add up to 1"""
+
     temperature: float = Field(1.0, gt=0)
     """logits are divided by it"""
     row_std: float | None = Field(None, gt=0)
@@ -24,7 +25,7 @@ class ScoreNorm(ConfigNode):
     """standard deviation of Gaussian noise added to the logits in training"""
 
     def affinity(self, logits_TN: Tensor, ctx: RouteContext) -> Tensor:
-        """Scores `[T, N]`, positive; those of a softmax add up to 1.
+        """Scores `[T, N]`, not negative.
 
         The standard deviation is the unbiased one and the mean is not subtracted: both are what the
         MoE++ release does.
@@ -37,13 +38,37 @@ class ScoreNorm(ConfigNode):
         noise = value_at(self.noise, ctx.step.step) if ctx.step.training else 0.0
         if noise:
             logits_TN = logits_TN + noise * ctx.normal("noise", logits_TN.shape[1])
-        if self.kind == "sigmoid":
-            return logits_TN.sigmoid()
-        return logits_TN.softmax(dim=-1)
+        return self.activate(logits_TN)
+
+    def activate(self, logits_TN: Tensor) -> Tensor:
+        """Scores of scaled logits."""
+        raise NotImplementedError
 
     def probabilities(self, affinity_TN: Tensor) -> Tensor:
         """Scores that add up to 1, for losses."""
-        if self.kind == "softmax":
+        if self.adds_up:
             return affinity_TN
         tiny = torch.finfo(affinity_TN.dtype).tiny
         return affinity_TN / affinity_TN.sum(dim=-1, keepdim=True).clamp(min=tiny)
+
+
+class Softmax(ScoreNorm):
+    """Experts compete for a token."""
+
+    adds_up: ClassVar[bool] = True
+
+    kind: Literal["softmax"] = "softmax"
+
+    def activate(self, logits_TN: Tensor) -> Tensor:
+        """Over all experts."""
+        return logits_TN.softmax(dim=-1)
+
+
+class Sigmoid(ScoreNorm):
+    """Each expert by itself (DeepSeek-V3)."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+
+    def activate(self, logits_TN: Tensor) -> Tensor:
+        """Element by element."""
+        return logits_TN.sigmoid()

@@ -2,8 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, Tag
 
+from moebius.config import kind_or
 from moebius.model.moe.candidates import Exclude, GroupLimited, Progressive
 from moebius.model.moe.controllers import (
     BiasControl,
@@ -20,6 +21,7 @@ from moebius.model.moe.losses import (
     SwitchLoss,
     ZLoss,
 )
+from moebius.model.moe.norms import Sigmoid, Softmax
 from moebius.model.moe.scorers import (
     CentroidScorerConfig,
     CosineScorerConfig,
@@ -29,6 +31,7 @@ from moebius.model.moe.scorers import (
     NoScorerConfig,
 )
 from moebius.model.moe.selectors import All, EntropyHybrid, PercentileRow, Threshold, TopK, TopP
+from moebius.model.moe.weights import DropNullRenormalize, Ones, Raw, Renormalize
 
 AnyScorer = Annotated[
     LinearScorerConfig
@@ -38,6 +41,16 @@ AnyScorer = Annotated[
     | GRUScorerConfig
     | NoScorerConfig,
     Field(discriminator="kind"),
+]
+AnyNorm = Annotated[
+    Annotated[Softmax, Tag("softmax")] | Annotated[Sigmoid, Tag("sigmoid")], kind_or("softmax")
+]
+AnyWeights = Annotated[
+    Annotated[Raw, Tag("raw")]
+    | Annotated[Renormalize, Tag("renormalize")]
+    | Annotated[DropNullRenormalize, Tag("drop_null_renormalize")]
+    | Annotated[Ones, Tag("ones")],
+    kind_or("raw"),
 ]
 AnyCandidates = Annotated[GroupLimited | Progressive | Exclude, Field(discriminator="kind")]
 AnySelector = Annotated[

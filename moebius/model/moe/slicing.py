@@ -10,7 +10,7 @@ def slice_dense(
     """Weights `gate_up [E, 2F/E, D]` and `down [E, D, F/E]` of experts that add up to a SwiGLU.
 
     Consecutive neurons form an expert, as in FactorLLM and SPT. All experts with weight 1 are the
-    dense layer; with k of them `WeightPolicy(kind="ones", scale=E / k)` keeps its scale.
+    dense layer; with k of them weights `Ones(scale=E / k)` keeps its scale.
     Raises ValueError where the width is no multiple of the number of experts.
     """
     width, hidden = gate_FD.shape

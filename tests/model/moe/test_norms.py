@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from moebius.model.context import StepContext, TokenContext
 from moebius.model.ledger import Ledger
-from moebius.model.moe.norms import ScoreNorm
+from moebius.model.moe.norms import ScoreNorm, Sigmoid, Softmax
+from moebius.model.moe.registry import AnyNorm
 from moebius.model.moe.routing import RouteContext
 from moebius.model.program import Site
 
@@ -57,7 +59,7 @@ def test_softmax_and_sigmoid_of_plain_logits() -> None:
     exponentials = [[math.exp(value) for value in row] for row in x.tolist()]
     softmax = torch.tensor([[e / sum(row) for e in row] for row in exponentials]).double()
     sigmoid = torch.tensor([[e / (1 + e) for e in row] for row in exponentials]).double()
-    for norm, expected in ((ScoreNorm(), softmax), (ScoreNorm(kind="sigmoid"), sigmoid)):
+    for norm, expected in ((Softmax(), softmax), (Sigmoid(), sigmoid)):
         got = norm.affinity(x, context())
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
@@ -66,7 +68,7 @@ def test_softmax_and_sigmoid_of_plain_logits() -> None:
 def test_row_std_sets_the_unbiased_deviation_and_keeps_the_mean(target: float) -> None:
     """Every row divided by its own deviation with N - 1, nothing subtracted (MoE++ release)."""
     x = logits()
-    got = seen_logits(ScoreNorm(kind="sigmoid", row_std=target), x, context())
+    got = seen_logits(Sigmoid(row_std=target), x, context())
     for before, after in zip(x.tolist(), got.tolist(), strict=True):
         mean = sum(before) / EXPERTS
         std = math.sqrt(sum((value - mean) ** 2 for value in before) / (EXPERTS - 1))
@@ -77,7 +79,7 @@ def test_row_std_sets_the_unbiased_deviation_and_keeps_the_mean(target: float) -
 
 def test_row_std_forgets_the_scale_of_a_row_and_keeps_its_gradient() -> None:
     """Scores do not change with the logits' scale, so the gradient along the row is 0."""
-    norm = ScoreNorm(row_std=1.0)
+    norm = Softmax(row_std=1.0)
     x = logits().requires_grad_()
     got = norm.affinity(x, context())
     torch.testing.assert_close(norm.affinity(7 * x, context()), got)
@@ -93,7 +95,7 @@ def test_row_std_forgets_the_scale_of_a_row_and_keeps_its_gradient() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1000.0])
 def test_equal_logits_are_finite_forward_and_backward(kind: str, value: float) -> None:
     """A deviation of 0 divides nothing by 0, and its root has no infinite gradient."""
-    norm = ScoreNorm.model_validate({"kind": kind, "row_std": 1.0})
+    norm = TypeAdapter(AnyNorm).validate_python({"kind": kind, "row_std": 1.0})
     x = torch.full((TOKENS, EXPERTS), value, requires_grad=True)
     got = norm.affinity(x, context())
     assert got.isfinite().all()
@@ -106,7 +108,7 @@ def test_equal_logits_are_finite_forward_and_backward(kind: str, value: float) -
 def test_row_std_leaves_a_single_expert_alone() -> None:
     """One number has no deviation."""
     x = torch.tensor([[0.3], [-2.0]], requires_grad=True)
-    got = ScoreNorm(kind="sigmoid", row_std=1.0).affinity(x, context())
+    got = Sigmoid(row_std=1.0).affinity(x, context())
     torch.testing.assert_close(got, x.sigmoid())
     got.sum().backward()
     assert x.grad is not None
@@ -117,9 +119,9 @@ def test_row_std_leaves_a_single_expert_alone() -> None:
 def test_temperature_divides_the_logits(temperature: float) -> None:
     """After their deviation was set, so that it is not undone by it."""
     x = logits()
-    plain = ScoreNorm(temperature=temperature).affinity(x, context())
+    plain = Softmax(temperature=temperature).affinity(x, context())
     torch.testing.assert_close(plain, (x / temperature).softmax(dim=-1))
-    norm = ScoreNorm(kind="sigmoid", temperature=temperature, row_std=1.0)
+    norm = Sigmoid(temperature=temperature, row_std=1.0)
     std = seen_logits(norm, x, context()).std(dim=-1)
     torch.testing.assert_close(std, torch.full((TOKENS,), 1 / temperature).double())
 
@@ -128,7 +130,7 @@ def test_temperature_divides_the_logits(temperature: float) -> None:
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_probabilities_add_up_to_1(kind: str, size: float) -> None:
     """Sigmoid values divided by their sum; those of a softmax are left as they are."""
-    norm = ScoreNorm.model_validate({"kind": kind})
+    norm = TypeAdapter(AnyNorm).validate_python({"kind": kind})
     x = logits(dtype=torch.float32) * size
     x[:, 0] = 0.0
     x.requires_grad_()
@@ -147,7 +149,7 @@ def test_probabilities_add_up_to_1(kind: str, size: float) -> None:
 def test_probabilities_of_vanishing_sigmoids_are_finite() -> None:
     """All values underflow to 0: no 0 / 0, forward or backward."""
     x = torch.full((3, EXPERTS), -500.0, requires_grad=True)
-    norm = ScoreNorm(kind="sigmoid")
+    norm = Sigmoid()
     probs = norm.probabilities(norm.affinity(x, context()))
     (grad,) = torch.autograd.grad(probs.sum(), x)
     assert probs.isfinite().all()
@@ -156,8 +158,8 @@ def test_probabilities_of_vanishing_sigmoids_are_finite() -> None:
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_noise_is_for_training_only(kind: str) -> None:
-    noisy = ScoreNorm.model_validate({"kind": kind, "noise": 0.5})
-    clean = ScoreNorm.model_validate({"kind": kind})
+    noisy = TypeAdapter(AnyNorm).validate_python({"kind": kind, "noise": 0.5})
+    clean = TypeAdapter(AnyNorm).validate_python({"kind": kind})
     x = logits()
     evaluated = noisy.affinity(x, context(training=False))
     assert torch.equal(evaluated, clean.affinity(x, context(training=False)))
@@ -169,7 +171,7 @@ def test_noise_is_gaussian_of_the_given_deviation_and_comes_last() -> None:
     """Independent over tokens and experts, and not scaled by row_std or temperature."""
     tokens = token_context(list(range(64)), 512)
     x = logits(64 * 512)
-    clean = ScoreNorm(kind="sigmoid", row_std=1.0, temperature=2.0)
+    clean = Sigmoid(row_std=1.0, temperature=2.0)
     noisy = clean.model_copy(update={"noise": 0.25})
     noise = seen_logits(noisy, x, context(tokens=tokens)) - seen_logits(
         clean, x, context(tokens=tokens)
@@ -185,7 +187,7 @@ def test_noise_is_gaussian_of_the_given_deviation_and_comes_last() -> None:
 
 def test_noise_is_a_function_of_seed_step_site_and_token() -> None:
     """The same four give the same noise; another of any one gives other noise to every token."""
-    norm = ScoreNorm(kind="sigmoid", noise=1.0)
+    norm = Sigmoid(noise=1.0)
     x = torch.zeros(TOKENS, EXPERTS, dtype=torch.float64)
     base = norm.affinity(x, context())
     assert torch.equal(norm.affinity(x, context()), base)
@@ -208,7 +210,7 @@ def test_noise_is_a_function_of_seed_step_site_and_token() -> None:
 
 def test_noise_does_not_depend_on_which_tokens_come_together() -> None:
     """Rows alone, in another order, cut shorter or without some tokens: each keeps its noise."""
-    norm = ScoreNorm(noise=1.0)
+    norm = Softmax(noise=1.0)
     x = logits()
     whole = norm.affinity(x, context()).view(ROWS, LENGTH, EXPERTS)
     x = x.view(ROWS, LENGTH, EXPERTS)
@@ -234,10 +236,10 @@ def test_noise_does_not_depend_on_which_tokens_come_together() -> None:
 
 def test_noise_follows_its_schedule() -> None:
     """At step 4 half of what it is at step 0, from step 8 on none at all."""
-    scheduled = ScoreNorm.model_validate({"kind": "sigmoid", "noise": [[0, 1.0], [8, 0.0]]})
+    scheduled = Sigmoid.model_validate({"noise": [[0, 1.0], [8, 0.0]]})
     x = torch.zeros(TOKENS, EXPERTS, dtype=torch.float64)
     for step, amount in ((0, 1.0), (4, 0.5), (6, 0.25), (8, 0.0), (100, 0.0)):
-        constant = ScoreNorm(kind="sigmoid", noise=amount)
+        constant = Sigmoid(noise=amount)
         ctx = context(step=step)
         assert torch.equal(scheduled.affinity(x, ctx), constant.affinity(x, ctx))
         assert bool((scheduled.affinity(x, ctx) != 0.5).any()) == (amount > 0)
@@ -245,7 +247,7 @@ def test_noise_follows_its_schedule() -> None:
 
 def test_noise_passes_gradients_on() -> None:
     """It is a constant of the step: the gradient is that of the function at the noisy place."""
-    norm = ScoreNorm(kind="sigmoid", noise=1.0)
+    norm = Sigmoid(noise=1.0)
     x = logits().requires_grad_()
     got = norm.affinity(x, context())
     (grad,) = torch.autograd.grad(got.sum(), x)

@@ -5,11 +5,12 @@ from fractions import Fraction
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from moebius.model.moe.entropy import Measure
+from moebius.model.moe.registry import AnyWeights
 from moebius.model.moe.selectors import EntropyHybrid, PercentileRow, TopK, TopP
-from moebius.model.moe.weights import WeightPolicy
 from tests.model.moe.rig import (
     logits_of_varying_sharpness,
     make_router,
@@ -54,7 +55,7 @@ def test_weights_of_an_ffn_beside_a_zero_expert(kind: str, expected: list[float]
     is_null_N = torch.tensor([False, False, True])
     ids_TK = TopK(top_k=2).select(scores_of(probs_TN), route_context(1, 2))
     assert ids_TK.tolist() == [[0, 2], [0, 1]]
-    policy = WeightPolicy.model_validate({"kind": kind})
+    policy = TypeAdapter(AnyWeights).validate_python({"kind": kind})
     weights_TK = policy.weights(probs_TN, ids_TK, is_null_N)
     assert weights_TK[0].tolist() == pytest.approx(expected, abs=1e-15)
     if kind == "drop_null_renormalize":  # without a zero expert it is plain renormalisation
