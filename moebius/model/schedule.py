@@ -24,6 +24,19 @@ Scheduled = Annotated[Annotated[float, NUMBER] | Annotated[Points, LIST], ByShap
 """A number, or points `[[step, value], ...]` between which it is interpolated linearly."""
 
 
+def _check_sign(
+    scheduled: float | tuple[tuple[int, float], ...],
+) -> float | tuple[tuple[int, float], ...]:
+    values = [v for _, v in scheduled] if isinstance(scheduled, tuple) else [scheduled]
+    if min(values) < 0:
+        raise ValueError(f"must not be negative, {min(values)} is")
+    return scheduled
+
+
+NonNegativeScheduled = Annotated[Scheduled, AfterValidator(_check_sign)]
+"""The same, never below 0."""
+
+
 def value_at(scheduled: float | tuple[tuple[int, float], ...], step: int) -> float:
     """The value at an optimizer step; before the first and after the last point it is constant."""
     if not isinstance(scheduled, tuple):

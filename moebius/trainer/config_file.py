@@ -232,6 +232,8 @@ def _describe(
         message = "missing `kind`"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         message = f"must be a mapping of options, got {given!r}"
+    elif kind == "value_error":
+        message = str(context["error"])
     elif kind in ("tuple_type", "list_type"):
         message = f"must be a list, got {given!r}"
     else:

@@ -260,6 +260,8 @@ def test_refused(preset: str, overrides: list[str], path: str, message: str) -> 
         ("model.ffn.experts.0.count={shape: down, largest: 4}", "count.shape: 'down' is not"),
         ("model.ffn.experts=[]", "experts: "),
         ("model.ffn.router.norm.noise=[[5, 1.0], [5, 2.0]]", "ascending steps"),
+        ("model.ffn.router.norm.noise=-0.1", "noise: must not be negative, -0.1 is"),
+        ("model.ffn.router.norm.noise=[[0, 0.1], [9, -1]]", "must not be negative, -1.0 is"),
         ("model.ffn.router.losses=[{coefficient: 1.0}]", "losses.0: missing `kind`"),
         ("model.ffn.router.losses.0.kind=swich", "losses.0.kind: 'swich' is not allowed; did you"),
         ("model.ffn.router.selector.kind=top_q", "'top_q' is not allowed; did you mean top_p?"),

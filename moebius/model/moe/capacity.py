@@ -23,7 +23,7 @@ class Capacity(Stage):
     factor: float = Field(1.1, gt=0)
     """gamma; at 1 the limits add up to the number of assignments"""
     tau: float = Field(1.0, gt=0)
-    """limit of a computing expert relative to a zero-computation one"""
+    """limit of a computing expert relative to a zero-computation one; matters in pools with both"""
     scope: Literal["sequence", "micro_batch"] = "sequence"
     """over which tokens assignments are counted; `micro_batch` depends on how a batch is cut"""
     priority: Literal["score", "position"] = "score"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moebius.model.moe.pool import PoolShape
 from moebius.model.moe.stage import Needs, Selector, Stage
-from moebius.model.schedule import Scheduled, value_at
+from moebius.model.schedule import NonNegativeScheduled, value_at
 
 BIAS_LIMIT = 1.0
 """most that the sum of errors may make of the bias of `budget`: scores are between 0 and 1"""
@@ -73,7 +73,7 @@ class BiasControl(ControllerConfig):
     """
 
     kind: Literal["bias"] = "bias"
-    rate: Scheduled = 1e-3
+    rate: NonNegativeScheduled = 1e-3
     """step of the bias; DeepSeek-V3 ends with 0"""
     centered: bool = False
     """subtract the mean of each change, so that the biases keep adding up to 0"""

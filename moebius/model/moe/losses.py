@@ -110,7 +110,8 @@ class SwitchLoss(Loss):
     coefficient: float = Field(0.01, ge=0)
     """weight beside the cross-entropy, per router call site"""
     tau: float = Field(1.0, gt=0)
-    """load of a computing expert relative to a zero-computation one at balance (MoE++)"""
+    """load of a computing expert relative to a zero-computation one at balance (MoE++); matters
+    in pools that have both"""
     scope: Scope = "global"
     """over which tokens load and probability are averaged"""
     published_scale: Literal["switch", "moepp", "mixtral"] = "switch"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moebius.model.moe.routing import RouteContext
 from moebius.model.moe.stage import Stage
-from moebius.model.schedule import Scheduled, value_at
+from moebius.model.schedule import NonNegativeScheduled, value_at
 
 
 class ScoreNorm(Stage):
@@ -21,7 +21,7 @@ class ScoreNorm(Stage):
     """logits are divided by it"""
     row_std: float | None = Field(None, gt=0)
     """scale each token's logits to this standard deviation (MoE++ release: 1.0)"""
-    noise: Scheduled = 0.0
+    noise: NonNegativeScheduled = 0.0
     """standard deviation of Gaussian noise added to the logits in training"""
 
     def affinity(self, logits_TN: Tensor, ctx: RouteContext) -> Tensor:

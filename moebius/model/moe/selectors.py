@@ -18,7 +18,7 @@ from moebius.model.moe.entropy import Measure, entropy
 from moebius.model.moe.pool import PoolShape
 from moebius.model.moe.routing import RouteContext, Scores
 from moebius.model.moe.stage import Needs, Selector
-from moebius.model.schedule import Scheduled, value_at
+from moebius.model.schedule import NonNegativeScheduled, value_at
 
 
 class TopK(Selector):
@@ -202,7 +202,7 @@ class EntropyHybrid(Selector):
     """normalised entropy of the probabilities"""
     index: float = Field(1.1, gt=0)
     """q of tsallis and renyi"""
-    entropy_threshold: Scheduled = 0.9
+    entropy_threshold: NonNegativeScheduled = 0.9
     """above it a token gets all experts; at 1 none does"""
     top_p: float = Field(0.75, gt=0)
     """threshold of the others, whose crossing expert is excluded"""
