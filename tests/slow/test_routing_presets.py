@@ -25,8 +25,6 @@ from tests.trainer.helpers import REPOSITORY, logged
 PRESETS = sorted(path.stem for path in (REPOSITORY / "configs" / "routing").glob("*.yaml"))
 RECORDED = "duo_llm_random"
 """whose decisions duo_llm_replay repeats"""
-FREE_TO_CONCENTRATE = ("moduleformer_concentrate", "frozen_router", "moirai_moe")
-"""one is meant to, two have routers that cannot learn to spread the load"""
 
 
 class LastLoad(Callback):
@@ -100,8 +98,7 @@ def test_preset_learns_spreads_load_and_resumes(name: str, folder: Path, corpus:
     for site, counts in load.counts.items():
         effective = effective_experts(counts)
         print(f"{name} {site}: {effective:.1f} of {len(counts)} experts")
-        if name not in FREE_TO_CONCENTRATE:
-            assert effective >= max(1.5, len(counts) / 4), site
+        assert effective >= max(1.5, len(counts) / 4), site
         assert float((counts == 0).float().mean()) <= 0.25, site
 
     shutil.rmtree(whole.folder / "checkpoints" / "step-00000050")
