@@ -41,7 +41,7 @@ def token_context(rows: int, length: int) -> TokenContext:
 
 def select_best(probs_TN: Tensor, top_k: int) -> Tensor:
     """Ids `[T, K]` that the selector chooses from these probabilities."""
-    scores = Scores(probs_TN.log(), probs_TN, probs_TN, probs_TN)
+    scores = Scores(probs_TN, probs_TN, probs_TN)
     route = RouteContext(
         Visit("1", 1, 1).site("ffn"),
         use=0,

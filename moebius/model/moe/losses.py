@@ -53,8 +53,6 @@ class Observation:
     last_step: Load | None
     """one group: the whole previous step; None where no loss has scope `global`"""
     pool: PoolShape
-    num_assignments: int
-    """K"""
 
     def load(self, scope: Scope, eta_N: Tensor) -> Load:
         """Load by the groups of a scope. Before the first step it is in balance (`1 / eta`)."""

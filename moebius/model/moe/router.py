@@ -149,7 +149,7 @@ class Router(ParameterModule):
         for rule in self.config.candidates:
             mask = rule.mask(select_TN, self.pool, route)
             select_TN = select_TN.masked_fill(~mask, float("-inf"))
-        return Scores(logits_TN, affinity_TN, probs_TN, select_TN, threshold)
+        return Scores(affinity_TN, probs_TN, select_TN, threshold)
 
     def _weights(self, scores: Scores, ids_TK: Tensor) -> Tensor:
         return self.config.weights.weights(scores.affinity_TN, ids_TK, self.is_null_N)
@@ -179,8 +179,7 @@ class Router(ParameterModule):
             last_step = Load(
                 self.last_counts_UN[use], self.last_probs_UN[use], self.last_tokens_U[use]
             )
-        num_assignments = chosen.ids_TK.shape[1]
-        return Observation(chosen, valid_T, per_row, last_step, self.pool, num_assignments)
+        return Observation(chosen, valid_T, per_row, last_step, self.pool)
 
     def _record(
         self,

@@ -36,7 +36,6 @@ class Routing:
 class Scores:
     """What the score norm makes of logits, and what selection sees of it."""
 
-    logits_TN: Tensor
     affinity_TN: Tensor
     """what weights are made of: softmax probabilities or sigmoid values, without any bias"""
     probs_TN: Tensor

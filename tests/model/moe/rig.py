@@ -70,7 +70,7 @@ def route_context(
 
 def scores_of(probs_TN: Tensor, select_TN: Tensor | None = None) -> Scores:
     """What selectors and capacities see of given probabilities."""
-    return Scores(probs_TN.log(), probs_TN, probs_TN, probs_TN if select_TN is None else select_TN)
+    return Scores(probs_TN, probs_TN, probs_TN if select_TN is None else select_TN)
 
 
 def observation(
@@ -94,7 +94,7 @@ def observation(
     )
     routing = Routing(ids_TK, probs_TN.gather(1, ids_TK.clamp(min=0)), probs_TN, probs_TN.log())
     valid_T = torch.ones(len(ids_TK), dtype=torch.bool)
-    return Observation(routing, valid_T, per_row, last_step, pool, ids_TK.shape[1])
+    return Observation(routing, valid_T, per_row, last_step, pool)
 
 
 def make_router(
