@@ -226,7 +226,7 @@ def _stage_problems(path: str, router: RouterConfig, pool: PoolShape) -> Iterato
     fewest = max(pool.num_experts - closed, 0)
     if selector.min_candidates(pool.num_experts) > fewest:
         yield Problem(
-            f"{path}.selector",
+            f"{path}.selector.{selector.size_option}",
             f"{selector.min_candidates(pool.num_experts)} experts per token, but "
             f"{fewest} to choose from (the pool has {pool.num_experts})",
         )

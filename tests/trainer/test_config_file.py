@@ -183,7 +183,7 @@ RULES: list[tuple[dict[str, Any], str, str]] = [
     ),
     (
         {"model.ffn.router.selector": {"kind": "top_k", "top_k": 9}},
-        "model.ffn.router.selector",
+        "model.ffn.router.selector.top_k",
         "9 experts per token, but 8 to choose from (the pool has 8)",
     ),
     (

@@ -18,6 +18,7 @@ class Forced(Selector):
 
     asks_router: ClassVar[bool] = False
     fixed_k: ClassVar[bool] = True
+    size_option: ClassVar[str] = "top_k"
 
     def min_candidates(self, num_experts: int) -> int:
         """All K."""
@@ -77,6 +78,8 @@ class Balanced(Forced):
 
 class Fixed(Forced):
     """The same experts for every token."""
+
+    size_option: ClassVar[str] = "ids"
 
     kind: Literal["fixed"] = "fixed"
     ids: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]

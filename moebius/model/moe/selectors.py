@@ -25,6 +25,7 @@ class TopK(Selector):
     """The K best experts of each token."""
 
     fixed_k: ClassVar[bool] = True
+    size_option: ClassVar[str] = "top_k"
 
     kind: Literal["top_k"] = "top_k"
     top_k: IntPerLayer = 2
@@ -74,6 +75,7 @@ class TopP(Selector):
     """
 
     adds_up_scores: ClassVar[bool] = True
+    size_option: ClassVar[str] = "min_k"
 
     kind: Literal["top_p"] = "top_p"
     threshold: float = Field(0.4, gt=0)
@@ -169,6 +171,7 @@ class PercentileRow(Selector):
     """
 
     fixed_k: ClassVar[bool] = True
+    size_option: ClassVar[str] = "percentile"
 
     kind: Literal["percentile_row"] = "percentile_row"
     percentile: float = Field(0.5, ge=0, lt=1)
@@ -196,6 +199,7 @@ class EntropyHybrid(Selector):
     """
 
     adds_up_scores: ClassVar[bool] = True
+    size_option: ClassVar[str] = "min_k"
 
     kind: Literal["entropy_hybrid"] = "entropy_hybrid"
     measure: Measure = "tsallis"

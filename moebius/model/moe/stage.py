@@ -29,6 +29,8 @@ class Selector(Stage):
     """whether the choice depends on scores"""
     fixed_k: ClassVar[bool] = False
     """whether every token gets the same number of experts"""
+    size_option: ClassVar[str] = "kind"
+    """the option that decides how many experts a token has, for messages"""
     adds_up_scores: ClassVar[bool] = False
     """whether it needs scores that add up to 1"""
 
