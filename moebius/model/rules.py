@@ -145,11 +145,6 @@ def _order_problems(router: RouterConfig, depth: DepthConfig) -> Iterator[Proble
             f"{router.scorer.granularity}, but a gru expert has to see whole documents: "
             "use document",
         )
-    if router.selector.kind in ("balanced", "replay"):
-        yield Problem(
-            "ffn.router.selector.kind",
-            f"{router.selector.kind} decides by token, but a gru expert has to see whole documents",
-        )
     if depth.router is not None:
         yield Problem(
             "ffn.experts", "a gru expert cannot stand in a block that tokens leave (depth.router)"
@@ -247,11 +242,14 @@ def _stage_problems(path: str, router: RouterConfig, pool: PoolShape) -> Iterato
     if router.scorer.granularity == "document":
         if router.capacity is not None:
             yield Problem(f"{path}.capacity", "a limit would tear documents apart: use null")
-        if getattr(selector, "dense_share", 1.0) < 1.0:
-            yield Problem(f"{path}.selector.dense_share", "would tear documents apart: use 1.0")
+        if selector.splits_documents:
+            yield Problem(
+                f"{path}.selector",
+                f"{selector.kind} decides by token with these options, but granularity is document",
+            )
     yield from _controller_problems(path, router, pool)
     for number, loss in enumerate(router.losses):
-        if getattr(loss, "published_scale", "switch") != "switch" and not selector.fixed_k:
+        if loss.needs_fixed_k and not selector.fixed_k:
             yield Problem(
                 f"{path}.losses.{number}.published_scale",
                 f"is defined for a fixed number of experts per token, not for {selector.kind}",

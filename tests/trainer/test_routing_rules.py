@@ -126,8 +126,8 @@ CASES = [
     (
         "dynmole",
         ["scorer={kind: linear, granularity: document}"],
-        "selector.dense_share",
-        "would tear documents apart",
+        "selector",
+        "entropy_hybrid decides by token with these options",
     ),
     (
         "moepp",
@@ -165,7 +165,7 @@ LAYER_CASES = [
     (
         "hecto",
         ["model.ffn.router.selector={kind: balanced, top_k: 1}"],
-        "model.ffn.router.selector.kind",
+        "model.ffn.router.selector",
         "balanced decides by token",
     ),
     (

@@ -62,6 +62,11 @@ class Balanced(Forced):
     top_k: PositiveInt = 2
     """experts per token"""
 
+    @property
+    def splits_documents(self) -> bool:
+        """It decides by token."""
+        return True
+
     def max_assignments(self, num_experts: int) -> int:
         """K."""
         return self.top_k
@@ -110,6 +115,11 @@ class Replay(Forced):
     """folder that `log.record_routing` of a run has written: `<run_dir>/routing`"""
     top_k: PositiveInt = 1
     """experts per token, those of the recorded run"""
+
+    @property
+    def splits_documents(self) -> bool:
+        """It decides by token."""
+        return True
 
     def max_assignments(self, num_experts: int) -> int:
         """K."""

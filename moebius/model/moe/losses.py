@@ -92,6 +92,11 @@ class Loss(Stage):
         """Whether it needs the load of the previous step."""
         return getattr(self, "scope", None) == "global"
 
+    @property
+    def needs_fixed_k(self) -> bool:
+        """Whether it is defined for a fixed number of experts per token only."""
+        return False
+
     def value(self, seen: Observation) -> Tensor:
         """The loss, 0-dim."""
         raise NotImplementedError
@@ -115,6 +120,11 @@ class SwitchLoss(Loss):
     published_scale: Literal["switch", "moepp", "mixtral"] = "switch"
     """read `coefficient` as one for a loss that at balance is 1 (Switch, Megatron, DeepSeek, OLMo),
     `K tau / (tau E + Z)` (MoE++) or K (RMoE and old Mixtral code, which sum over assignments)"""
+
+    @property
+    def needs_fixed_k(self) -> bool:
+        """Published scales that contain K."""
+        return self.published_scale != "switch"
 
     def unit_coefficient(self, pool: PoolShape, num_assignments: int) -> float:
         """The published coefficient times the published loss at balance."""

@@ -48,7 +48,6 @@ class Router(ParameterModule):
     is_null_N: Tensor
     last_counts_UN: Tensor
     last_probs_UN: Tensor
-    last_tokens_U: Tensor
 
     def __init__(
         self,
@@ -88,7 +87,6 @@ class Router(ParameterModule):
             shape = (num_uses, pool.num_experts)
             self.register_buffer("last_counts_UN", torch.zeros(shape))
             self.register_buffer("last_probs_UN", torch.zeros(shape))
-            self.register_buffer("last_tokens_U", torch.zeros(num_uses))
 
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: DepthContext, iteration: int = 1) -> Routed:
         """Route each token, book the statistics of the site, and work out its losses."""
@@ -176,9 +174,8 @@ class Router(ParameterModule):
         last_step = None
         if self.remembers_load:
             use = slice(route.use, route.use + 1)
-            last_step = Load(
-                self.last_counts_UN[use], self.last_probs_UN[use], self.last_tokens_U[use]
-            )
+            probs_1N = self.last_probs_UN[use]  # each token's add up to 1
+            last_step = Load(self.last_counts_UN[use], probs_1N, probs_1N.sum(dim=1))
         return Observation(chosen, valid_T, per_row, last_step, self.pool)
 
     def _record(
@@ -243,7 +240,6 @@ class Router(ParameterModule):
                 if self.remembers_load:
                     self.last_counts_UN[use] = sums["expert_tokens"]
                     self.last_probs_UN[use] = sums["prob_sums"]
-                    self.last_tokens_U[use] = sums["tokens"]
 
     def flops(self, num_tokens: int, has_predecessor: bool) -> int:
         """Forward FLOPs of the scorer; the other stages multiply no matrices."""

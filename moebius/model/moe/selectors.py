@@ -215,6 +215,11 @@ class EntropyHybrid(Selector):
     dense_share: float = Field(1.0, ge=0, le=1)
     """of a document's undecided tokens this share gets all experts: at 0.5 every second one"""
 
+    @property
+    def splits_documents(self) -> bool:
+        """Where some undecided tokens do not get all experts."""
+        return self.dense_share < 1
+
     def max_assignments(self, num_experts: int) -> int:
         """K."""
         return num_experts

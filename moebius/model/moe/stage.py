@@ -35,6 +35,11 @@ class Selector(Stage):
     """whether it needs scores that add up to 1"""
 
     @property
+    def splits_documents(self) -> bool:
+        """Whether tokens of a document with equal scores may get different experts."""
+        return False
+
+    @property
     def accepts(self) -> tuple[Needs, ...]:
         """What controllers may steer."""
         return ()

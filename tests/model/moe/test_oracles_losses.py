@@ -264,3 +264,26 @@ def test_z_loss_is_the_mean_squared_logsumexp_of_present_tokens() -> None:
     assert (name, coefficient) == ("z", 1e-3)
     assert float(value) == pytest.approx(sum(squares) / 7, rel=1e-12)
     assert isinstance(router.config.losses[0], ZLoss)
+
+
+def test_entropy_loss_is_the_mean_entropy_of_present_tokens() -> None:
+    """Oracle of its own: shannon in nats, its sign that of the coefficient; empty slots do not
+    count. Descending a negative one flattens the router, a positive one sharpens it."""
+    x_BSD = 2 * normal(2, 5, 4)
+    valid_BS = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    tokens = token_context(2, 5, valid_BS=valid_BS)
+    naive = sum(
+        -sum(p * math.log(p) for p in probs) for probs in x_BSD.softmax(dim=-1)[valid_BS].tolist()
+    )
+    for coefficient in (0.5, -0.5):
+        loss = {"kind": "entropy", "coefficient": coefficient}
+        router = make_router(pool_of(("ffn", 4)), losses=[loss])
+        x_BSD = x_BSD.detach().requires_grad_()
+        routed, _ = visit(router, x_BSD, tokens, training=True)
+        ((name, value, unit),) = routed.losses
+        assert (name, unit) == ("entropy", coefficient)
+        assert float(value) == pytest.approx(naive / 7, rel=1e-12)
+        (slope,) = torch.autograd.grad(unit * value, x_BSD)
+        moved, _ = visit(router, x_BSD - 0.1 * slope, tokens, training=True)
+        assert (float(moved.losses[0][1]) < float(value)) == (coefficient > 0)
+        assert not slope[~valid_BS].any()
