@@ -55,7 +55,7 @@ MOE = {
         {"kind": "zero"},
     ],
     "router": {
-        "scorer": {"kind": "linear", "gating_residual": True},
+        "scorer": {"kind": "linear", "gating_residual": "prev_layer"},
         "weights": {"kind": "drop_null_renormalize"},
         "losses": [{"kind": "switch", "tau": 0.75, "scope": "sequence"}],
     },
@@ -74,7 +74,7 @@ def model_tree(**changes: Any) -> dict[str, Any]:
             "num_layers": 6,
             "sharing": "middle_cycle",
             "num_recursions": 2,
-            "router": {"aux_coefficient": 0.01},
+            "router": {"causal": {"coefficient": 0.01}},
         },
     }
     return tree | changes

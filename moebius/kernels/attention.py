@@ -1,6 +1,7 @@
 """Causal attention inside documents, over rows from which tokens may be missing.
 
-Shapes: B rows, S tokens, H query heads, G key-value heads, C channels of one head.
+Shapes: B rows, S tokens, J keys, L places of a full row, H query heads, G key-value heads, C
+channels of one head.
 """
 
 import torch
@@ -25,24 +26,38 @@ def document_mask(segment_ids_BS: Tensor, valid_BS: Tensor | None = None) -> Ten
     return mask
 
 
-def masked_attention(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, mask_BSS: Tensor) -> Tensor:
-    """`softmax(q k / sqrt(C) + mask) v` with grouped heads, `[B, S, H, C]`.
+def seen_mask(
+    place_BQ: Tensor, segment_ids_BQ: Tensor, row_segment_ids_BL: Tensor, present_BL: Tensor
+) -> Tensor:
+    """Who may look at whom where keys stand at their places in full rows, bool `[B, Q, L]`.
 
-    Query head h reads key-value head `h // (H / G)`. Forward FLOPs: `4 * B * S**2 * H * C`; the
+    A token at place p sees the present keys of its document at places up to p. Empty slots (place
+    -1) see the first place only: a row of the mask is never all false.
+    """
+    place_L = torch.arange(row_segment_ids_BL.shape[1], device=place_BQ.device)
+    mask = (place_L <= place_BQ.unsqueeze(2)) & present_BL.unsqueeze(1)
+    mask &= segment_ids_BQ.unsqueeze(2) == row_segment_ids_BL.unsqueeze(1)
+    return mask | ((place_BQ < 0).unsqueeze(2) & (place_L == 0))
+
+
+def masked_attention(q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, mask_BSJ: Tensor) -> Tensor:
+    """`softmax(q k / sqrt(C) + mask) v` of S queries and J keys, grouped heads, `[B, S, H, C]`.
+
+    Query head h reads key-value head `h // (H / G)`. Forward FLOPs: `4 * B * S * J * H * C`; the
     masked half of the scores is computed, and counted, as by every dense-mask backend.
     """
     out_BHSC = F.scaled_dot_product_attention(
         q_BSHC.transpose(1, 2),
-        k_BSGC.transpose(1, 2),
-        v_BSGC.transpose(1, 2),
-        attn_mask=mask_BSS.unsqueeze(1),
-        enable_gqa=q_BSHC.shape[2] != k_BSGC.shape[2],
+        k_BJGC.transpose(1, 2),
+        v_BJGC.transpose(1, 2),
+        attn_mask=mask_BSJ.unsqueeze(1),
+        enable_gqa=q_BSHC.shape[2] != k_BJGC.shape[2],
     )
     return out_BHSC.transpose(1, 2)
 
 
 def stick_breaking_attention(
-    q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, mask_BSS: Tensor
+    q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, mask_BSJ: Tensor
 ) -> Tensor:
     """`sum_j a_ij v_j` with `a_ij = b_ij * prod_{j<l<=i} (1 - b_il)`, `[B, S, H, C]`.
 
@@ -50,16 +65,16 @@ def stick_breaking_attention(
     each allowed token takes the share b of what is left of a stick. The weights of a row add up to
     at most 1, and recency is built in: no positional encoding. The product runs over the tokens
     that the mask allows. Computed in fp32 from logarithms; head h reads key-value head
-    `h // (H / G)`. Forward FLOPs: `4 * B * S**2 * H * C`.
+    `h // (H / G)`. Forward FLOPs: `4 * B * S * J * H * C`.
     """
-    groups = q_BSHC.shape[2] // k_BSGC.shape[2]
-    k_BSHC, v_BSHC = (t.repeat_interleave(groups, dim=2) for t in (k_BSGC, v_BSGC))
-    logits_BHSS = torch.einsum("bihc,bjhc->bhij", q_BSHC, k_BSHC)
-    logits_BHSS = logits_BHSS.to(torch.promote_types(logits_BHSS.dtype, torch.float32))
-    logits_BHSS = logits_BHSS * q_BSHC.shape[-1] ** -0.5
-    mask_B1SS = mask_BSS.unsqueeze(1)
-    left_BHSS = F.logsigmoid(-logits_BHSS).masked_fill(~mask_B1SS, 0.0)
+    groups = q_BSHC.shape[2] // k_BJGC.shape[2]
+    k_BJHC, v_BJHC = (t.repeat_interleave(groups, dim=2) for t in (k_BJGC, v_BJGC))
+    logits_BHSJ = torch.einsum("bihc,bjhc->bhij", q_BSHC, k_BJHC)
+    logits_BHSJ = logits_BHSJ.to(torch.promote_types(logits_BHSJ.dtype, torch.float32))
+    logits_BHSJ = logits_BHSJ * q_BSHC.shape[-1] ** -0.5
+    mask_B1SJ = mask_BSJ.unsqueeze(1)
+    left_BHSJ = F.logsigmoid(-logits_BHSJ).masked_fill(~mask_B1SJ, 0.0)
     # The sum over the tokens between j and i: all from j on, less j itself.
-    later_BHSS = left_BHSS.flip(-1).cumsum(-1).flip(-1) - left_BHSS
-    log_weight = (F.logsigmoid(logits_BHSS) + later_BHSS).masked_fill(~mask_B1SS, float("-inf"))
-    return torch.einsum("bhij,bjhc->bihc", log_weight.exp().to(v_BSHC.dtype), v_BSHC)
+    later_BHSJ = left_BHSJ.flip(-1).cumsum(-1).flip(-1) - left_BHSJ
+    log_weight = (F.logsigmoid(logits_BHSJ) + later_BHSJ).masked_fill(~mask_B1SJ, float("-inf"))
+    return torch.einsum("bhij,bjhc->bihc", log_weight.exp().to(v_BJHC.dtype), v_BJHC)

@@ -17,6 +17,44 @@ def top_k_mask(scores_BS: Tensor, k: int) -> Tensor:
     return mask.scatter_(1, order[:, :k], True)
 
 
+def top_share_mask(
+    scores_BS: Tensor, index_BS: Tensor, segment_ids_BL: Tensor, share: float
+) -> Tensor:
+    """True for the best `max(1, floor(share * n))` tokens of each document of n tokens in a row.
+
+    `scores` belong to the tokens at `index` (-1: empty slot); a document's n counts its tokens in
+    the full row, whose documents `segment_ids` (ascending) names. Of equal scores the earlier
+    position wins.
+    """
+    first_BL = torch.zeros_like(segment_ids_BL, dtype=torch.bool)
+    first_BL[:, 1:] = segment_ids_BL[:, 1:] != segment_ids_BL[:, :-1]
+    document_BL = first_BL.cumsum(dim=1)
+    sizes_BL = torch.zeros_like(document_BL).scatter_add(
+        1, document_BL, torch.ones_like(document_BL)
+    )
+    empty_BS = index_BS < 0
+    own_BS = document_BL.gather(1, index_BS.clamp(min=0))
+    own_BS = own_BS.masked_fill(empty_BS, segment_ids_BL.shape[1])  # after all documents
+    by_score = scores_BS.argsort(dim=1, descending=True, stable=True)
+    by_document = own_BS.gather(1, by_score).argsort(dim=1, stable=True)
+    order_BS = by_score.gather(1, by_document)
+    sorted_BS = own_BS.gather(1, order_BS)
+    rank_BS = torch.arange(sorted_BS.shape[1], device=sorted_BS.device) - torch.searchsorted(
+        sorted_BS, sorted_BS
+    )
+    size_BS = sizes_BL.gather(1, sorted_BS.clamp(max=segment_ids_BL.shape[1] - 1))
+    most_BS = (share * size_BS.double() + 1e-9).floor().clamp(min=1)
+    keep_BS = (rank_BS < most_BS) & ~empty_BS.gather(1, order_BS)
+    return torch.zeros_like(keep_BS).scatter(1, order_BS, keep_BS)
+
+
+def scatter_counts(index_BK: Tensor, length: int) -> Tensor:
+    """How many rows list each position, fp32 `[length]`; empty slots count nowhere."""
+    counts = torch.zeros(length + 1, dtype=torch.float32, device=index_BK.device)
+    index = index_BK.masked_fill(index_BK < 0, length).flatten()
+    return counts.scatter_add(0, index, torch.ones_like(index, dtype=torch.float32))[:length]
+
+
 def compact(candidates_BS: Tensor, keep_BS: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The kept candidates of each row, in order, in k slots.
 

@@ -1,60 +1,148 @@
 """Grouped-query attention, causal inside documents."""
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from moebius.kernels.attention import masked_attention, stick_breaking_attention
+from moebius.kernels.depth_select import replace_rows
 from moebius.kernels.rope import apply_rope
-from moebius.model.config import AttentionConfig, AttentionShape
-from moebius.model.context import Carry, DepthContext, TokenContext
-from moebius.model.parameters import Linear, ParameterModule, Role
+from moebius.model.carry import Carry, RowKeys
+from moebius.model.config import AttentionConfig, AttentionShape, ModelConfig
+from moebius.model.context import DepthContext, TokenContext
+from moebius.model.depth_attention import mix_values, with_values
+from moebius.model.extent import Extent
+from moebius.model.parameters import ParameterModule, Role
+from moebius.model.program import LayerPlace, Visit
+from moebius.model.recursion.config import KVSharing
+from moebius.model.visit import VisitLinear
 
 
 class Attention(ParameterModule):
     """Queries, keys, values and the output projection (Ainslie et al. 2023, arXiv 2305.13245)."""
 
-    def __init__(self, hidden_size: int, config: AttentionConfig, std: float) -> None:
+    def __init__(self, model: ModelConfig, config: AttentionConfig, place: LayerPlace) -> None:
         super().__init__()
         self.config = config
+        self.kv = kv_sharing(model, place)
+        hidden, adapter = model.hidden_size, model.depth.adapter
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
-        self.q = Linear(hidden_size, query_size, Role.MATRIX, std)
-        self.k = Linear(hidden_size, kv_size, Role.MATRIX, std)
-        self.v = Linear(hidden_size, kv_size, Role.MATRIX, std)
-        self.out = Linear(query_size, hidden_size, Role.MATRIX, std)
+
+        def linear(in_size: int, out_size: int) -> VisitLinear:
+            std, depths = model.init_std, place.num_depths
+            return VisitLinear(in_size, out_size, Role.MATRIX, std, adapter, depths)
+
+        self.q = linear(hidden, query_size)
+        self.k = linear(hidden, kv_size)
+        self.v = linear(hidden, kv_size)
+        self.out = linear(query_size, hidden)
 
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: DepthContext) -> tuple[Tensor, Carry]:
         """Mix each token with the earlier present tokens of its document, `[B, S, D]`."""
+        rotates = self.config.positions == "rope"
+        cos_BSC, sin_BSC = ctx.tokens.cos_BSC, ctx.tokens.sin_BSC
+        deep = self.config.depth_attention
 
-        def compute(x_BSD: Tensor) -> Tensor:
+        def compute(x_BSD: Tensor) -> tuple[Tensor, RowKeys | None, Tensor | None, Tensor | None]:
             heads = (*x_BSD.shape[:2], -1, self.config.head_dim)
-            q_BSHC, k_BSGC, v_BSGC = (
-                projection(x_BSD).view(heads) for projection in (self.q, self.k, self.v)
-            )
-            mixed_BSHC = attend(q_BSHC, k_BSGC, v_BSGC, ctx.tokens, self.config)
-            out: Tensor = self.out(mixed_BSHC.flatten(2))
-            return out
+            q_BSHC = self.q.at(x_BSD, ctx).view(heads)
+            q_BSHC = apply_rope(q_BSHC, cos_BSC, sin_BSC) if rotates else q_BSHC
+            k_BSGC = v_BSGC = None
+            if makes_keys(self.kv, ctx):
+                k_BSGC, v_BSGC = (p.at(x_BSD, ctx).view(heads) for p in (self.k, self.v))
+                k_BSGC = apply_rope(k_BSGC, cos_BSC, sin_BSC) if rotates else k_BSGC
+                if deep is not None:
+                    v_BSGC = mix_values(q_BSHC, k_BSGC, v_BSGC, carry, ctx, deep)
+            mixed_BSHC, keys = attend(q_BSHC, k_BSGC, v_BSGC, carry, ctx, self.config, self.kv)
+            return self.out.at(mixed_BSHC.flatten(2), ctx), keys, k_BSGC, v_BSGC
 
-        return ctx.step.run(compute, x_BSD), carry
+        y_BSD, keys, k_BSGC, v_BSGC = ctx.step.run(compute, x_BSD)
+        if keys is not None:
+            carry = replace(carry, row_keys={**carry.row_keys, ctx.visit.layer: keys})
+        if deep is not None:
+            carry = ctx.by_visit(with_values, carry, k_BSGC, v_BSGC, deep)
+        return y_BSD, carry
 
-    def flops(self, num_rows: int, length: int) -> int:
-        """Forward FLOPs for rows of `length` present tokens: projections and products over S^2."""
-        projections = sum(
-            linear.flops(num_rows * length) for linear in (self.q, self.k, self.v, self.out)
-        )
-        return projections + core_flops(num_rows, length, self.config.num_heads, self.config)
+    def flops(self, extent: Extent, visit: Visit) -> int:
+        """Forward FLOPs of a visit: projections, and products with all keys of the mask."""
+        linears = [self.q, self.out]
+        if self.kv != "shared_first" or visit.depth == 1:
+            linears += [self.k, self.v]
+        projections = sum(linear.flops(extent.tokens) for linear in linears)
+        return projections + core_flops(extent, visit, self.config.num_heads, self.config, self.kv)
+
+
+def kv_sharing(model: ModelConfig, place: LayerPlace) -> KVSharing:
+    """Whose keys the later visits of a layer attend to; a layer with one visit has its own."""
+    return model.depth.kv if place.num_depths > 1 else "per_depth"
+
+
+def makes_keys(kv: KVSharing, ctx: DepthContext) -> bool:
+    """Whether some row stands at a visit that makes keys."""
+    return kv != "shared_first" or any(p.visit.depth == 1 for p in ctx.parts or (ctx,))
 
 
 def attend(
-    q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, tokens: TokenContext, config: AttentionShape
-) -> Tensor:
-    """The core: positions, then the weighted sum over the mask of `tokens`, `[B, S, H, C]`."""
-    if config.positions == "rope":
-        q_BSHC = apply_rope(q_BSHC, tokens.cos_BSC, tokens.sin_BSC)
-        k_BSGC = apply_rope(k_BSGC, tokens.cos_BSC, tokens.sin_BSC)
+    q_BSHC: Tensor,
+    k_BSGC: Tensor | None,
+    v_BSGC: Tensor | None,
+    carry: Carry,
+    ctx: DepthContext,
+    config: AttentionShape,
+    kv: KVSharing,
+) -> tuple[Tensor, RowKeys | None]:
+    """The core: the weighted sum `[B, S, H, C]` over the keys that the visit may see.
+
+    Those are the fresh ones; with a cache the earlier tokens' too; at a later pass of a layer whose
+    passes share keys, those that the row's tokens have left (Mixture-of-Recursions, section 2.3).
+    Also returns what the row has left after this visit, where later passes want it.
+    """
     core = masked_attention if config.core == "softmax" else stick_breaking_attention
-    return core(q_BSHC, k_BSGC, v_BSGC, tokens.attention_mask_BSS)
+    cache = ctx.step.cache
+    if cache is not None:
+
+        def look(part: DepthContext, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+            return core(q, *cache.extend(part, k, v, kv))
+
+        mixed: Tensor = ctx.by_visit(look, q_BSHC, k_BSGC, v_BSGC)
+        return mixed, None
+    if kv == "per_depth":
+        assert k_BSGC is not None
+        assert v_BSGC is not None
+        return core(q_BSHC, k_BSGC, v_BSGC, ctx.tokens.attention_mask_BSS), None
+    left = carry.row_keys.get(ctx.visit.layer)
+    if k_BSGC is not None and v_BSGC is not None:
+        left = _leave(left if ctx.visit.depth > 1 else None, k_BSGC, v_BSGC, ctx.tokens)
+    assert left is not None
+    mask_BSL = ctx.tokens.row_mask_BSL(left.present_BL)
+    return core(q_BSHC, left.k_BLGC, left.v_BLGC, mask_BSL), left
 
 
-def core_flops(num_rows: int, length: int, num_heads: int, config: AttentionShape) -> int:
-    """Forward FLOPs of the two products over the full square of present tokens."""
-    return 4 * num_rows * length**2 * num_heads * config.head_dim
+def _leave(old: RowKeys | None, k_BSGC: Tensor, v_BSGC: Tensor, tokens: TokenContext) -> RowKeys:
+    """What a row has left once its present tokens have left their fresh keys."""
+    if tokens.row is None:  # full rows, all slots of which are tokens
+        present = torch.ones_like(tokens.place_BS, dtype=torch.bool)
+        return RowKeys(k_BSGC, v_BSGC, present)
+    shape = (len(k_BSGC), tokens.row_length, *k_BSGC.shape[2:])
+    if old is None:
+        nothing = k_BSGC.new_zeros(shape)
+        absent = torch.zeros(shape[:2], dtype=torch.bool, device=k_BSGC.device)
+        old = RowKeys(nothing, nothing, absent)
+    index_BS = tokens.place_BS
+    k, v = (
+        replace_rows(kept.flatten(2), index_BS, fresh.flatten(2)).view(shape)
+        for kept, fresh in ((old.k_BLGC, k_BSGC), (old.v_BLGC, v_BSGC))
+    )
+    here_BS1 = (index_BS >= 0).unsqueeze(-1)
+    present_BL = replace_rows(old.present_BL.unsqueeze(-1), index_BS, here_BS1).squeeze(-1)
+    return RowKeys(k, v, present_BL)
+
+
+def core_flops(
+    extent: Extent, visit: Visit, num_heads: int, config: AttentionShape, kv: KVSharing
+) -> int:
+    """Forward FLOPs of the two products, the masked part included."""
+    pairs = extent.pairs if kv == "per_depth" else extent.row_pairs
+    return 4 * pairs * num_heads * config.head_dim

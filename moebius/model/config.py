@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, Tag
+from pydantic import Field, NonNegativeFloat, PositiveInt, Tag
 
 from moebius.config import ConfigNode, kind_or
 from moebius.model.moe.config import MoEConfig, RouterConfig
@@ -27,10 +27,22 @@ class AttentionShape(ConfigNode):
     """base of the rotary frequencies"""
 
 
+class DepthAttentionConfig(ConfigNode):
+    """Values mixed over depth before they are mixed over the sequence (arXiv 2606.05014)."""
+
+    scope: Literal["all", "window", "recursions"] = "all"
+    """which earlier visits a token looks at: all; the last `window - 1`; or those of the same
+    layer, whose keys stay where the layer is"""
+    window: int = Field(2, ge=2)
+    """with scope `window`: visits, the present one included"""
+
+
 class AttentionConfig(AttentionShape):
     """Grouped-query attention."""
 
     kind: Literal["standard"] = "standard"
+    depth_attention: DepthAttentionConfig | None = None
+    """mix each token's values with those of its earlier layers"""
 
 
 class MixtureAttentionConfig(AttentionShape):
@@ -55,6 +67,47 @@ class MixtureAttentionConfig(AttentionShape):
         return self.router.selector.max_assignments(self.num_experts)
 
 
+class BDHConfig(ConfigNode):
+    """The whole layer of a Dragon Hatchling (arXiv 2509.26507): linear attention between many
+    sparse positive neurons, multiplied with them; takes the place of attention and feed-forward."""
+
+    kind: Literal["bdh"] = "bdh"
+    num_heads: PositiveInt = 4
+    """heads"""
+    neurons: int = Field(ge=2, multiple_of=2)
+    """N, neurons of each head; the authors take `128 * hidden_size / num_heads`"""
+    rope_theta: float = Field(65_536.0, gt=0)
+    """base of the rotary frequencies"""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels that the rotation turns."""
+        return self.neurons
+
+
+class NoFFN(ConfigNode):
+    """Nothing; the first sublayer is the whole layer."""
+
+    kind: Literal["none"] = "none"
+
+
+class ExitsConfig(ConfigNode):
+    """Heads that read the stream before its end, all of them the model's own norm and head."""
+
+    after: Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
+    """numbers of unrolled layers; the end is always an exit"""
+    coefficient: NonNegativeFloat = 0.1
+    """weight of the cross-entropy of each early exit; the last has 1"""
+    normalize: bool = False
+    """divide the weights by their sum; with coefficient 1 this is Sorted LLaMA (2309.08968)"""
+    self_distillation: NonNegativeFloat = 0.0
+    """weight, times the exit's, of the divergence from the detached predictions of the last exit
+    (Relaxed Recursive Transformers, 2410.20672)"""
+    draw: Literal["all", "step", "micro_batch"] = "all"
+    """which exits are trained: all, or one drawn for the step or micro-batch, behind which nothing
+    runs (SortedNet, 2309.00255)"""
+
+
 class DenseConfig(ConfigNode):
     """One SwiGLU for all tokens."""
 
@@ -72,15 +125,21 @@ class ModelConfig(ConfigNode):
     """width of the residual stream"""
     attention: Annotated[
         Annotated[AttentionConfig, Tag("standard")]
-        | Annotated[MixtureAttentionConfig, Tag("mixture")],
+        | Annotated[MixtureAttentionConfig, Tag("mixture")]
+        | Annotated[BDHConfig, Tag("bdh")],
         kind_or("standard"),
     ]
     """the first sublayer of every block; of kind `standard` where none is given"""
-    ffn: Annotated[DenseConfig | MoEConfig, Field(discriminator="kind")]
+    ffn: Annotated[DenseConfig | MoEConfig | NoFFN, Field(discriminator="kind")]
     """the second sublayer of every block"""
     block: Literal["sequential", "parallel"] = "sequential"
     """parallel: both sublayers read the block's input through one norm (BAM)"""
     depth: DepthConfig
+    exits: ExitsConfig | None = None
+    """early exits"""
+    layer_norm_scaling: Literal["none", "unrolled", "unique"] = "none"
+    """divide the output of the norms in front of sublayers by the root of the layer's number, from
+    1, among unrolled or unique layers (Curse of Depth, 2502.05795)"""
     tie_embeddings: bool = True
     """use the embedding as the output head"""
     norm_eps: float = Field(1e-5, gt=0)
@@ -100,14 +159,16 @@ class ModelConfig(ConfigNode):
 
     def attention_in(self, index: int) -> AttentionConfig | MixtureAttentionConfig:
         """The first sublayer of a unique layer, in which lists are numbers."""
+        if isinstance(self.attention, BDHConfig):
+            raise TypeError("a bdh layer has no sublayers")
         if isinstance(self.attention, AttentionConfig):
             return self.attention
         router = self.attention.router.in_layer(index)
         return self.attention.model_copy(update={"router": router})
 
-    def ffn_in(self, index: int, num_layers: int) -> DenseConfig | MoEConfig:
+    def ffn_in(self, index: int, num_layers: int) -> DenseConfig | MoEConfig | NoFFN:
         """The second sublayer of a unique layer, in which lists and schedules are numbers."""
-        if isinstance(self.ffn, DenseConfig):
+        if not isinstance(self.ffn, MoEConfig):
             return self.ffn
         dense = self.ffn.dense
         if dense is not None and index in dense.layers:

@@ -5,20 +5,23 @@ A layer object serves many visits, so none of this lives in modules: it arrives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moebius.kernels.attention import document_mask
-from moebius.kernels.depth_select import replace_rows, take_rows
+from moebius.kernels.attention import document_mask, seen_mask
+from moebius.kernels.depth_select import take_rows
 from moebius.model.ledger import Ledger
 from moebius.model.moe.replay import RoutingTable
 from moebius.model.program import Visit
+
+if TYPE_CHECKING:
+    from moebius.model.generation.cache import KVCache
 
 MAX_ROW = 1 << 24
 """longest row: a token is numbered `sample * MAX_ROW + place in the row`"""
@@ -41,18 +44,27 @@ class TokenContext:
     """slots of the full row"""
     valid_BS: Tensor | None = None
     """false for empty slots; None: every slot holds a token"""
+    row: TokenContext | None = None
+    """the full rows that tokens were taken from; None: these are the full rows"""
+    slots_B: Tensor | None = None
+    """where in the cache each row's earlier tokens are, int64; None without a cache"""
 
     @classmethod
     def of_rows(
-        cls, segment_ids_BS: Tensor, cos_BSC: Tensor, sin_BSC: Tensor, sample_ids_B: Tensor
+        cls,
+        segment_ids_BS: Tensor,
+        cos_BSC: Tensor,
+        sin_BSC: Tensor,
+        sample_ids_B: Tensor,
+        slots_B: Tensor | None = None,
     ) -> TokenContext:
         """The context of full rows."""
         length = segment_ids_BS.shape[1]
         place = torch.arange(length, device=segment_ids_BS.device).expand_as(segment_ids_BS)
-        return cls(segment_ids_BS, cos_BSC, sin_BSC, sample_ids_B, place, length)
+        return cls(segment_ids_BS, cos_BSC, sin_BSC, sample_ids_B, place, length, slots_B=slots_B)
 
     def take(self, index_BK: Tensor) -> TokenContext:
-        """The context of the tokens at `index` (ascending, -1 for an empty slot)."""
+        """The context of the tokens at `index` of full rows (ascending, -1 for an empty slot)."""
         return TokenContext(
             segment_ids_BS=self.segment_ids_BS.gather(1, index_BK.clamp(min=0)),
             cos_BSC=take_rows(self.cos_BSC, index_BK),
@@ -61,12 +73,19 @@ class TokenContext:
             place_BS=index_BK,
             row_length=self.row_length,
             valid_BS=index_BK >= 0,
+            row=self,
+            slots_B=self.slots_B,
         )
 
     @cached_property
     def attention_mask_BSS(self) -> Tensor:
         """See `document_mask`; made once for all layers of a pass."""
         return document_mask(self.segment_ids_BS, self.valid_BS)
+
+    def row_mask_BSL(self, present_BL: Tensor) -> Tensor:
+        """Which tokens of the full rows each token may look at, of those that have left keys."""
+        row = self.row or self
+        return seen_mask(self.place_BS, self.segment_ids_BS, row.segment_ids_BS, present_BL)
 
     @cached_property
     def global_ids_T(self) -> Tensor:
@@ -82,43 +101,10 @@ class TokenContext:
         return (slot * begins).cummax(dim=1).values
 
 
-@dataclass(frozen=True)
-class Carry:
-    """Per-token state that travels with the residual stream from layer to layer.
-
-    It is an input and an output of every block, so recomputation, token selection and (later)
-    pipeline stages handle it like the hidden state. Gradients flow through it.
-    """
-
-    router_states: Mapping[str, Tensor] = field(default_factory=dict)
-    """by sublayer, what its last router passes on to the next, fp32 `[B, S, N]`: raw scores (the
-    gating residual of MoE++) or the state of a recurrent router (RMoE)"""
-
-    def with_state(self, sublayer: str, state_BSN: Tensor) -> Carry:
-        """This carry with another state of one sublayer."""
-        return Carry({**self.router_states, sublayer: state_BSN})
-
-    def take(self, index_BK: Tensor) -> Carry:
-        """The state of the tokens at `index`."""
-        return Carry({name: take_rows(s, index_BK) for name, s in self.router_states.items()})
-
-    def put(self, index_BK: Tensor, new: Carry, length: int) -> Carry:
-        """This state with `new` at `index`; tokens that were not selected keep what they had.
-
-        A token that has met no such router yet carries zeros. `length` is the full row's.
-        """
-        states = dict(self.router_states)
-        for name, rows in new.router_states.items():
-            old = states.get(name)
-            if old is None:
-                old = rows.new_zeros(rows.shape[0], length, rows.shape[2])
-            states[name] = replace_rows(old, index_BK, rows)
-        return Carry(states)
-
-
 Mode = Literal["topk", "threshold"]
-"""How depth routers select. topk: the k best of the row, as published and as trained; it compares a
-token with later ones. threshold: sigmoid(logit) >= 1/2, causal, the only mode for generation."""
+"""How expert-choice depth routers select. topk: the k best, as published and trained, comparing a
+token with later ones. threshold: each token by its own score, causal, the only mode for generation.
+Where tokens choose their depth the two are the same."""
 
 
 @dataclass(frozen=True)
@@ -135,29 +121,78 @@ class StepContext:
     """whether noise, capacities and sampling are on"""
     recompute: bool = False
     """whether activations inside sublayers are computed again in the backward pass"""
+    micro_batch: int = 0
+    """number of the micro-batch in its step"""
     replay: Mapping[str, RoutingTable] = field(default_factory=dict)
     """decisions that selectors of kind `replay` repeat, by the path they name"""
+    cache: KVCache | None = None
+    """keys and values of earlier tokens, read and extended; for generation"""
 
-    def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """`function(*inputs)`; with `recompute` its activations are not kept.
+    def run(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
+        """`function(*inputs)`, tensors; with `recompute` its activations are not kept.
 
         Routers decide outside such a function and hand their decision in: what is computed again
         is the same, and statistics are taken once.
         """
         if not self.recompute or not torch.is_grad_enabled():
             return function(*inputs)
-        result: Tensor = checkpoint(
-            function, *inputs, use_reentrant=False, preserve_rng_state=False
-        )
-        return result
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 @dataclass(frozen=True)
 class DepthContext:
-    """Where in the unrolled depth a layer is being used, for which tokens, and in which pass."""
+    """Where in the unrolled depth a layer is being used, for which tokens, and in which pass.
+
+    In training and evaluation a layer is used at one visit at a time. Generation runs rows that
+    stand at different passes of a loop together: then `parts` are the contexts of consecutive rows
+    that stand at the same visit, and what depends on the visit goes through `by_visit`.
+    """
 
     visit: Visit
     tokens: TokenContext
     step: StepContext
     shared: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     """modules that several layers use, by name; they belong to the decoder"""
+    parts: tuple[DepthContext, ...] = ()
+
+    def by_visit(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """`function(context, *inputs)` for the rows of each visit, the results joined by row.
+
+        Inputs and results are tensors, or have `rows` and `join` as Carry has, or tuples of such,
+        or None.
+        """
+        if not self.parts:
+            return function(self, *inputs)
+        results, start = [], 0
+        sizes = [len(part.tokens.place_BS) for part in self.parts]
+        for part, size in zip(self.parts, sizes, strict=True):
+            own = (_rows(value, start, start + size) for value in inputs)
+            results.append(function(part, *own))
+            start += size
+        return _join(results, sizes)
+
+    def at(self, visits: Sequence[Visit]) -> DepthContext:
+        """The context of another layer: its visits in the same order as the present ones."""
+        if not self.parts:
+            return replace(self, visit=visits[0])
+        parts = tuple(
+            replace(part, visit=visit) for part, visit in zip(self.parts, visits, strict=True)
+        )
+        return replace(self, visit=visits[0], parts=parts)
+
+
+def _rows(value: Any, start: int, end: int) -> Any:
+    """Some rows of an input of `by_visit`."""
+    if value is None:
+        return None
+    return value[start:end] if isinstance(value, Tensor) else value.rows(start, end)
+
+
+def _join(results: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """The results of all parts as one."""
+    first = results[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(results))
+    if isinstance(first, tuple):
+        return tuple(_join(column, sizes) for column in zip(*results, strict=True))
+    return None if first is None else first.join(results, sizes)

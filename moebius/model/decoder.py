@@ -3,21 +3,25 @@
 import math
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moebius.kernels.cross_entropy import linear_cross_entropy
 from moebius.kernels.rope import rope_tables
+from moebius.model.bdh import BDHLayer
 from moebius.model.block import Block
-from moebius.model.config import MixtureAttentionConfig, ModelConfig
+from moebius.model.config import BDHConfig, MixtureAttentionConfig, ModelConfig
 from moebius.model.ledger import Ledger
 from moebius.model.moe.config import MoEConfig
 from moebius.model.moe.experts import ExpertPool
 from moebius.model.moe.router import Router
 from moebius.model.moe.scorers import ROUTER_GRU, GRUScorerConfig, RouterGRU
 from moebius.model.parameters import Linear, ParameterModule, ParameterSpec, RMSNorm, Role
-from moebius.model.program import LayerPlace, Program, Site, build_program
-from moebius.model.recursion.router import DepthRouter
+from moebius.model.program import LayerPlace, Program, Segment, build_program
+from moebius.model.recursion.config import TokenChoiceConfig
+from moebius.model.recursion.expert_choice import ExpertChoice
+from moebius.model.recursion.routing import DepthRouting
+from moebius.model.recursion.token_choice import TokenChoice
 
 
 class Embedding(ParameterModule):
@@ -49,36 +53,42 @@ class Decoder(ParameterModule):
         places = layer_places(config, self.program)
         pools = pool_names(config, places)
         self.layers = nn.ModuleDict(
-            {name: Block(config, place, pools[name]) for name, place in places.items()}
+            {name: _layer(config, place, pools[name]) for name, place in places.items()}
         )
         self.shared = _shared_modules(config, places, pools)
-        # One list, because at most one segment of a program is routed (`depth_router_rules`).
         self.depth_routers = nn.ModuleList(
-            DepthRouter(config, segment.router, capacity, Site("depth", number + 1))
-            for segment in self.program.segments
-            if segment.router is not None
-            for number, capacity in enumerate(segment.capacities)
+            _depth_routing(config, segment) for segment in self.program.segments if segment.router
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head: Linear | None = None
         if not config.tie_embeddings:
             self.head = Linear(config.hidden_size, config.vocab_size, Role.HEAD, config.init_std)
 
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """The residual stream in front of the first layer, `[B, S, D]`."""
+        x_BSD: Tensor = self.embedding(tokens_BS)
+        if isinstance(self.config.attention, BDHConfig):
+            return F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=self.config.norm_eps)
+        return x_BSD
+
     def rope(self, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary tables of these positions."""
         attention = self.config.attention
         return rope_tables(positions_BS, attention.head_dim, attention.rope_theta)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head, `[V, D]`, tied or not."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """Scores over the vocabulary, `[B, S, V]`."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(hidden_BSD, weight)
+        return F.linear(hidden_BSD, self.head_weight)
 
     def loss_sum(self, hidden_BSD: Tensor, labels_BS: Tensor) -> Tensor:
         """Sum of the cross-entropy over all labels, in nats and fp32."""
-        logits_TV = self.logits(hidden_BSD).flatten(0, 1)
-        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-        return F.cross_entropy(logits_TV, labels_BS.flatten(), reduction="sum")
+        hidden_TD, labels_T = hidden_BSD.flatten(0, 1), labels_BS.flatten()
+        return linear_cross_entropy([hidden_TD], self.head_weight, labels_T, [1.0]).total
 
     def update_routers(self, ledger: Ledger, step: int) -> None:
         """Let every router learn from the statistics of a whole step, see `Router.update`."""
@@ -89,6 +99,19 @@ class Decoder(ParameterModule):
     def head_flops(self, num_tokens: int) -> int:
         """Forward FLOPs of the output head, tied or not."""
         return 2 * num_tokens * math.prod(self.embedding.weight.shape)
+
+
+def _layer(config: ModelConfig, place: LayerPlace, pool_name: str) -> nn.Module:
+    if isinstance(config.attention, BDHConfig):
+        return BDHLayer(config, config.attention)
+    return Block(config, place, pool_name)
+
+
+def _depth_routing(config: ModelConfig, segment: Segment) -> DepthRouting:
+    if isinstance(segment.router, TokenChoiceConfig):
+        return TokenChoice(config, segment.router, segment)
+    assert segment.router is not None
+    return ExpertChoice(config, segment.router, segment)
 
 
 def layer_places(config: ModelConfig, program: Program) -> dict[str, LayerPlace]:

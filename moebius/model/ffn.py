@@ -3,27 +3,36 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.model.context import Carry, DepthContext
-from moebius.model.parameters import Linear, ParameterModule, Role
+from moebius.model.carry import Carry
+from moebius.model.config import ModelConfig
+from moebius.model.context import DepthContext
+from moebius.model.parameters import ParameterModule, Role
+from moebius.model.program import LayerPlace
+from moebius.model.visit import VisitLinear
 
 
 class SwiGLU(ParameterModule):
     """`down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, std: float) -> None:
+    def __init__(self, model: ModelConfig, intermediate_size: int, place: LayerPlace) -> None:
         super().__init__()
-        self.gate = Linear(hidden_size, intermediate_size, Role.MATRIX, std)
-        self.up = Linear(hidden_size, intermediate_size, Role.MATRIX, std)
-        self.down = Linear(intermediate_size, hidden_size, Role.MATRIX, std)
+
+        def linear(in_size: int, out_size: int) -> VisitLinear:
+            adapter, depths = model.depth.adapter, place.num_depths
+            return VisitLinear(in_size, out_size, Role.MATRIX, model.init_std, adapter, depths)
+
+        self.gate = linear(model.hidden_size, intermediate_size)
+        self.up = linear(model.hidden_size, intermediate_size)
+        self.down = linear(intermediate_size, model.hidden_size)
 
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: DepthContext) -> tuple[Tensor, Carry]:
         """The same for every token; `carry` passes through."""
-        return ctx.step.run(self.project, x_BSD), carry
+        y_BSD: Tensor = ctx.step.run(lambda x_BSD: self.project(x_BSD, ctx), x_BSD)
+        return y_BSD, carry
 
-    def project(self, x_BSD: Tensor) -> Tensor:
+    def project(self, x_BSD: Tensor, ctx: DepthContext) -> Tensor:
         """The function itself."""
-        out: Tensor = self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD))
-        return out
+        return self.down.at(F.silu(self.gate.at(x_BSD, ctx)) * self.up.at(x_BSD, ctx), ctx)
 
     def flops(self, num_tokens: int) -> int:
         """Forward FLOPs of the three projections."""

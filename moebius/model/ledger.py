@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebius.model.extent import Work
 from moebius.model.program import Site
 
 
 class Ledger:
-    """What one forward pass produces besides its output: auxiliary losses and statistics by site.
+    """What one forward pass produces besides its output: auxiliary losses, statistics by site, and
+    how much was computed.
 
     Values stay on the device. `share` is this pass's part of all tokens of the optimizer step: it
     weights auxiliary losses, so that their sum over the micro-batches is a mean over the step.
@@ -24,6 +26,7 @@ class Ledger:
         self.keep_routings = keep_routings
         self.statistics: dict[Site, dict[str, Tensor]] = {}
         self.losses: dict[str, Tensor] = {}
+        self.work = Work()
         self.routings: dict[Site, Tensor] = {}
         """experts of each token, `[rows, S, K]`, -1 for none; rows in order of execution"""
 
@@ -60,6 +63,7 @@ class Ledger:
                 merged.record(site, **sums)
             for name, loss in ledger.losses.items():
                 merged.losses[name] = merged.losses[name] + loss if name in merged.losses else loss
+            merged.work.add(ledger.work)
             for site, ids_BSK in ledger.routings.items():
                 merged.record_routing(site, ids_BSK)
         return merged

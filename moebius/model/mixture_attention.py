@@ -1,19 +1,24 @@
 """A mixture of attention experts: each token queries with its own experts' projections."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from moebius.kernels.grouped_linear import grouped_linear
-from moebius.model.attention import attend, core_flops
+from moebius.kernels.rope import apply_rope
+from moebius.model.attention import attend, core_flops, kv_sharing, makes_keys
+from moebius.model.carry import Carry, RowKeys
 from moebius.model.config import MixtureAttentionConfig, ModelConfig
-from moebius.model.context import Carry, DepthContext
+from moebius.model.context import DepthContext
+from moebius.model.extent import Extent
 from moebius.model.moe.dispatch import LocalDispatcher
 from moebius.model.moe.layer import Executed, nominal_rows
-from moebius.model.moe.router import Router
-from moebius.model.parameters import Linear, ParameterModule, ParameterSpec, Role
+from moebius.model.moe.router import build_routers, route, router_at
+from moebius.model.parameters import ParameterModule, ParameterSpec, Role
 from moebius.model.program import LayerPlace, Visit
+from moebius.model.visit import VisitLinear
 
 SUBLAYER = "attention"
 
@@ -38,41 +43,52 @@ class MixtureAttention(ParameterModule):
         self.config = config
         hidden, std, num_experts = model.hidden_size, model.init_std, config.num_experts
         size = config.num_heads * config.head_dim
-        self.router = Router(model, config.router, config.pool, place, SUBLAYER)
+        self.kv = kv_sharing(model, place)
+        self.routers = build_routers(model, config.router, config.pool, place, SUBLAYER)
         self.declare("q", (num_experts, size, hidden), ParameterSpec(Role.EXPERT, std=std))
         self.declare("out", (num_experts, hidden, size), ParameterSpec(Role.EXPERT, std=std))
         kv_size = config.num_kv_heads * config.head_dim
         if config.kv == "per_expert":
             kv_size *= num_experts
-        self.k = Linear(hidden, kv_size, Role.MATRIX, std)
-        self.v = Linear(hidden, kv_size, Role.MATRIX, std)
+        adapter, depths = model.depth.adapter, place.num_depths
+        self.k = VisitLinear(hidden, kv_size, Role.MATRIX, std, adapter, depths)
+        self.v = VisitLinear(hidden, kv_size, Role.MATRIX, std, adapter, depths)
         self.dispatcher = LocalDispatcher()
 
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: DepthContext) -> tuple[Tensor, Carry]:
         """Mix each token with the earlier present tokens of its document, `[B, S, D]`."""
-        routed = self.router(x_BSD, carry, ctx)
+        routed = route(self.routers, x_BSD, carry, ctx)
         ids_TK = routed.routing.ids_TK
         slots = ids_TK.shape[1]
+        rotates = self.config.positions == "rope"
+        cos_BSC, sin_BSC = ctx.tokens.cos_BSC, ctx.tokens.sin_BSC
 
-        def compute(x_BSD: Tensor, weights_TK: Tensor) -> Tensor:
+        def compute(x_BSD: Tensor, weights_TK: Tensor) -> tuple[Tensor, RowKeys | None]:
             x_TD = x_BSD.flatten(0, 1)
             dispatch = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK, len(self.q))
             q_RA = grouped_linear(dispatch.rows_RD, self.q, dispatch.ends_E)
             q_XA = q_RA.new_zeros(ids_TK.numel(), q_RA.shape[1])
             q_XA = q_XA.index_copy(0, dispatch.assignment_R, q_RA)
             q_BSHC = self._to_heads(q_XA.view(*x_BSD.shape[:2], slots, -1))
-            kv_heads = (*x_BSD.shape[:2], -1, self.config.head_dim)
-            k_BSGC, v_BSGC = self.k(x_BSD).view(kv_heads), self.v(x_BSD).view(kv_heads)
-            mixed_BSHC = attend(q_BSHC, k_BSGC, v_BSGC, ctx.tokens, self.config)
+            q_BSHC = apply_rope(q_BSHC, cos_BSC, sin_BSC) if rotates else q_BSHC
+            k_BSGC = v_BSGC = None
+            if makes_keys(self.kv, ctx):
+                kv_heads = (*x_BSD.shape[:2], -1, self.config.head_dim)
+                k_BSGC, v_BSGC = (p.at(x_BSD, ctx).view(kv_heads) for p in (self.k, self.v))
+                k_BSGC = apply_rope(k_BSGC, cos_BSC, sin_BSC) if rotates else k_BSGC
+            mixed_BSHC, keys = attend(q_BSHC, k_BSGC, v_BSGC, carry, ctx, self.config, self.kv)
             mixed_XA = self._from_heads(mixed_BSHC, slots).reshape(ids_TK.numel(), -1)
             mixed_RA = mixed_XA.index_select(0, dispatch.assignment_R)
             mixed_RA = mixed_RA * dispatch.weights_R.to(mixed_RA.dtype).unsqueeze(1)
             rows_RD = grouped_linear(mixed_RA, self.out, dispatch.ends_E)
             y_TD = self.dispatcher.combine(rows_RD, dispatch, torch.zeros_like(x_TD))
-            return y_TD.view_as(x_BSD)
+            return y_TD.view_as(x_BSD), keys
 
-        y_BSD = ctx.step.run(compute, x_BSD, routed.routing.weights_TK)
-        return routed.attach_losses(y_BSD, ctx.step.ledger), routed.carry
+        y_BSD, keys = ctx.step.run(compute, x_BSD, routed.routing.weights_TK)
+        after = routed.carry
+        if keys is not None:
+            after = replace(after, row_keys={**after.row_keys, ctx.visit.layer: keys})
+        return routed.attach_losses(y_BSD, ctx.step.ledger), after
 
     def _to_heads(self, q_BSKA: Tensor) -> Tensor:
         """Experts' heads as heads of one attention, those of one key-value head side by side."""
@@ -89,24 +105,22 @@ class MixtureAttention(ParameterModule):
 
     def flops(
         self,
-        num_rows: int,
-        length: int,
+        extent: Extent,
         visit: Visit,
         has_predecessor: bool,
         executed: Executed | None,
     ) -> int:
         """Forward FLOPs of a visit; the core computes the slots of empty assignments too."""
-        num_tokens = num_rows * length
         num_experts, size, hidden = self.q.shape
         slots = self.config.num_assignments
         per_row = [4 * size * hidden] * num_experts
-        rows_N: Sequence[float] = nominal_rows(per_row, slots, num_tokens)
+        rows_N: Sequence[float] = nominal_rows(per_row, slots, extent.tokens)
         if executed is not None:
             rows_N = executed[visit.site(SUBLAYER)]
-        return (
-            self.router.flops(num_tokens, has_predecessor)
-            + round(sum(rows_N)) * per_row[0]
-            + self.k.flops(num_tokens)
-            + self.v.flops(num_tokens)
-            + core_flops(num_rows, length, slots * self.config.num_heads, self.config)
-        )
+        router = router_at(self.routers, visit.site(SUBLAYER))
+        flops = router.flops(extent.tokens, visit, has_predecessor)
+        flops += round(sum(rows_N)) * per_row[0]
+        if self.kv != "shared_first" or visit.depth == 1:
+            flops += self.k.flops(extent.tokens) + self.v.flops(extent.tokens)
+        heads = slots * self.config.num_heads
+        return flops + core_flops(extent, visit, heads, self.config, self.kv)

@@ -23,7 +23,10 @@ class Role(StrEnum):
     MATRIX = "matrix"
     EXPERT = "expert"
     ROUTER = "router"
+    AUX_ROUTER = "aux_router"
     NORM_IN = "norm_in"
+    ADAPTER = "adapter"
+    GAIN = "gain"
     BIAS = "bias"
     FROZEN = "frozen"
 
@@ -43,6 +46,9 @@ class ParameterModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.parameter_specs: dict[str, ParameterSpec] = {}
+
+    def derive(self) -> None:
+        """Set initial values that follow from those of other parameters; there are none here."""
 
     def declare(self, name: str, shape: tuple[int, ...], spec: ParameterSpec) -> None:
         """Make `self.<name>` an uninitialised parameter; `initialize` fills it.
@@ -83,6 +89,9 @@ def initialize(model: nn.Module, seed: int) -> None:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         values = torch.empty(parameter.shape, dtype=torch.float32)
         parameter.copy_(values.normal_(spec.mean, spec.std, generator=generator))
+    for module in model.modules():
+        if isinstance(module, ParameterModule):
+            module.derive()
 
 
 class Linear(ParameterModule):

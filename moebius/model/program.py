@@ -1,9 +1,14 @@
 """The unrolled list of visits: which unique layer runs at which depth (DepthConfig -> Program)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from __future__ import annotations
 
-from moebius.model.recursion.config import DepthConfig, DepthRouterConfig
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # routers are configured with stages, which know programs
+    from moebius.model.recursion.config import DepthConfig, ExpertChoiceConfig, TokenChoiceConfig
 
 
 @dataclass(frozen=True, order=True)
@@ -58,21 +63,42 @@ class LayerPlace:
     predecessors: Mapping[str, int]
     """by sublayer, how many experts the router before it scores; missing where there is none"""
 
-    def site(self, sublayer: str, depth: int, iteration: int = 1) -> Site:
-        """The call site of a sublayer's router."""
-        return router_site(self.name, sublayer, depth, iteration)
+    def sites(self, sublayer: str, iterations: Iterable[int] = (1,)) -> tuple[Site, ...]:
+        """The call sites of a sublayer's router, by depth and then by turn of a chain."""
+        turns = tuple(iterations)
+        return tuple(
+            router_site(self.name, sublayer, depth, turn)
+            for depth in range(1, self.num_depths + 1)
+            for turn in turns
+        )
 
 
 @dataclass(frozen=True)
 class Segment:
     """Consecutive visits that repeat a group of layers; with a router, tokens may leave in between.
 
-    `capacities[r - 1]` is the share of the sequence that enters depth r, 1.0 without a router.
+    Segments with a router are numbered; their sites are `depth.<number>@<depth>`.
     """
 
     passes: tuple[tuple[Visit, ...], ...]
-    capacities: tuple[float, ...]
-    router: DepthRouterConfig | None = None
+    router: ExpertChoiceConfig | TokenChoiceConfig | None = None
+    number: int = 0
+    """among the routed segments of the program"""
+
+    def site(self, depth: int) -> Site:
+        """The call site of the depth router at a pass, from 1."""
+        return Site(f"depth.{self.number}", depth)
+
+    def shares(self, step: int) -> tuple[float, ...]:
+        """The share of the tokens that enters each pass at an optimizer step; where tokens choose,
+        that of a balanced choice."""
+        if self.router is None:
+            return (1.0,) * len(self.passes)
+        return self.router.shares(len(self.passes), step)
+
+
+FINAL_STEP = sys.maxsize
+"""a step at which every schedule has ended"""
 
 
 @dataclass(frozen=True)
@@ -95,51 +121,61 @@ class Program:
         """How often a layer is visited."""
         return max(visit.depth for visit in self.visits if visit.layer == layer)
 
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """After how many visits the stream of all tokens is whole, so that a head can read it: in
+        a routed loop only between passes."""
+        counts, done = [], 0
+        for segment in self.segments:
+            for visits in segment.passes:
+                inner = [] if segment.router else range(done + 1, done + len(visits))
+                done += len(visits)
+                counts += [*inner, done]
+        return tuple(counts)
+
+    def until(self, num_visits: int) -> Program:
+        """The program that ends after so many visits, one of `exits`."""
+        segments = []
+        for segment in self.segments:
+            passes = [tuple(v for v in p if v.index < num_visits) for p in segment.passes]
+            kept = tuple(visits for visits in passes if visits)
+            if kept:
+                segments.append(replace(segment, passes=kept))
+        return Program(tuple(segments))
+
 
 def build_program(depth: DepthConfig) -> Program:
     """Unroll a valid depth configuration (see `sharing_rules`).
 
     Unique layer of unrolled index l, with L layers and N_r recursions (Mixture-of-Recursions,
     arXiv 2507.10524, section 2.2): cycle `l mod (L / N_r)`; sequence `l // N_r`; the middle
-    variants do the same between a first and a last layer of their own.
+    variants do the same between a first and a last layer of their own. With groups, each group of
+    unique layers is a cycle of its own.
     """
-    layers, repeats = depth.num_layers, depth.num_recursions
     middle = depth.sharing.startswith("middle")
-    looped = (layers - 2 * middle) // repeats
+    looped = (depth.num_layers - 2 * middle) // depth.num_recursions
     names = [str(number) for number in range(looped + 2 * middle)]
     body = names[1:-1] if middle else names
-
-    groups: list[tuple[list[str], int]] = []
+    size = 1 if depth.sharing.endswith("sequence") else len(body) // depth.groups
+    groups = [(body[i : i + size], depth.num_recursions) for i in range(0, len(body), size)]
     if middle:
-        groups.append(([names[0]], 1))
-    if depth.sharing.endswith("sequence"):
-        groups.extend(([name], repeats) for name in body)
-    else:
-        groups.append((body, repeats))
-    if middle:
-        groups.append(([names[-1]], 1))
+        groups = [(names[:1], 1), *groups, (names[-1:], 1)]
 
-    segments = []
-    index = 0
-    for group, times in groups:
+    segments: list[Segment] = []
+    index = number = 0
+    for layers, times in groups:
         passes = []
-        for number in range(times):
-            passes.append(tuple(Visit(name, number + 1, index + i) for i, name in enumerate(group)))
-            index += len(group)
-        routed = depth.router is not None and group is body
-        router = depth.router if routed else None
-        segments.append(Segment(tuple(passes), _capacities(router, times), router))
+        for pass_number in range(times):
+            visits = [Visit(name, pass_number + 1, index + i) for i, name in enumerate(layers)]
+            passes.append(tuple(visits))
+            index += len(layers)
+        is_routed = depth.router is not None and layers[0] in body
+        segments.append(Segment(tuple(passes), depth.router if is_routed else None, number))
+        number += is_routed
     return Program(tuple(segments))
 
 
-def _capacities(router: DepthRouterConfig | None, repeats: int) -> tuple[float, ...]:
-    if router is None:
-        return (1.0,) * repeats
-    if router.capacities is not None:
-        return router.capacities
-    return tuple((repeats - number) / repeats for number in range(repeats))
-
-
-def kept_tokens(capacity: float, sequence_length: int) -> int:
-    """k_r: how many tokens of a full row enter a depth, at least one."""
-    return max(1, int(capacity * sequence_length + 1e-9))
+def kept_tokens(share: float, sequence_length: int, multiple_of: int = 1) -> int:
+    """k_r: how many tokens of a full row enter a depth, at least one, rounded up to a multiple."""
+    tokens = max(1, int(share * sequence_length + 1e-9))
+    return min(-(-tokens // multiple_of) * multiple_of, sequence_length)

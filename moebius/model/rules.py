@@ -4,23 +4,29 @@ Each yields problems with the dotted path of the field to blame. Rules about rou
 at every unique layer's own configuration.
 """
 
-import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from moebius.config import Problem
-from moebius.model.config import AttentionConfig, MixtureAttentionConfig, ModelConfig
+from moebius.model.config import (
+    AttentionConfig,
+    BDHConfig,
+    MixtureAttentionConfig,
+    ModelConfig,
+)
 from moebius.model.moe.config import ExpertSpec, LayerSchedule, MoEConfig, RouterConfig
 from moebius.model.moe.pool import PoolShape
 from moebius.model.moe.scorers import LinearScorerConfig
 from moebius.model.moe.selectors import All, TopK
 from moebius.model.moe.stage import Stage
-from moebius.model.program import Program, build_program
-from moebius.model.recursion.config import DepthConfig
+from moebius.model.recursion.config import DepthConfig, TokenChoiceConfig
+from moebius.model.recursion.rules import DEPTH_RULES, valid_program
 
 
 def attention_rules(model: ModelConfig) -> Iterator[Problem]:
     """Query heads must be served evenly by key-value heads; experts with keys of their own too."""
+    if isinstance(model.attention, BDHConfig):
+        return
     heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
     if heads % kv_heads:
         yield Problem(
@@ -38,58 +44,11 @@ def attention_rules(model: ModelConfig) -> Iterator[Problem]:
         )
 
 
-def sharing_rules(model: ModelConfig) -> Iterator[Problem]:
-    """Unrolled layers must be a whole number of recursions (plus two for `middle_*`)."""
-    depth = model.depth
-    if depth.sharing == "none":
-        if depth.num_recursions != 1:
-            yield Problem(
-                "depth.num_recursions",
-                f"{depth.num_recursions}, but sharing is none; use 1 or another sharing",
-            )
-        return
-    ends = 2 if depth.sharing.startswith("middle") else 0
-    looped = depth.num_layers - ends
-    if looped < depth.num_recursions or looped % depth.num_recursions:
-        lower = max(looped // depth.num_recursions, 1) * depth.num_recursions + ends
-        nearest = (lower, lower + depth.num_recursions)
-        yield Problem(
-            "depth.num_layers",
-            f"{depth.num_layers} layers cannot be {depth.num_recursions} recursions of "
-            f"{depth.sharing}; the nearest that can: {nearest[0]}, {nearest[1]}",
-        )
-
-
-def depth_router_rules(model: ModelConfig) -> Iterator[Problem]:
-    """Capacities must fit the recursions, and only a looped block can be left early."""
-    router, depth = model.depth.router, model.depth
-    if router is None:
-        return
-    if depth.sharing not in ("cycle", "middle_cycle"):
-        yield Problem(
-            "depth.router",
-            f"routing over depth needs sharing cycle or middle_cycle, not {depth.sharing}: "
-            "tokens can leave only between passes of one block",
-        )
-    capacities = router.capacities
-    if capacities is None:
-        return
-    path = "depth.router.capacities"
-    if len(capacities) != depth.num_recursions:
-        yield Problem(
-            path, f"{len(capacities)} capacities for num_recursions = {depth.num_recursions}"
-        )
-    if any(not 0 < c <= 1 for c in capacities):
-        yield Problem(path, f"{list(capacities)}: each must be in (0, 1]")
-    elif any(later > earlier for earlier, later in itertools.pairwise(capacities)):
-        yield Problem(path, f"{list(capacities)}: must not increase, a token cannot come back")
-
-
 def expert_rules(model: ModelConfig) -> Iterator[Problem]:
     """The groups of a pool must be buildable in every layer."""
     if not isinstance(model.ffn, MoEConfig):
         return
-    program = _program(model)
+    program = valid_program(model)
     for number, spec in enumerate(model.ffn.experts):
         path = f"ffn.experts.{number}"
         if spec.kind in ("ffn", "low_rank", "gru"):
@@ -161,7 +120,7 @@ class RoutedSublayer(NamedTuple):
 
 def router_rules(model: ModelConfig) -> Iterator[Problem]:
     """Every stage must fit the pool, and the stages each other; one problem per field."""
-    program = _program(model)
+    program = valid_program(model)
     if program is None or any(True for _ in expert_rules(model)):
         return
     lists = list(_list_problems(model, len(program.layers)))
@@ -189,12 +148,17 @@ def _list_problems(model: ModelConfig, num_layers: int) -> Iterator[Problem]:
 
 def _routed_sublayers(model: ModelConfig, num_layers: int) -> Iterator[RoutedSublayer]:
     for index in range(num_layers):
+        if isinstance(model.attention, BDHConfig):
+            break
         attention = model.attention_in(index)
         if isinstance(attention, MixtureAttentionConfig):
             yield RoutedSublayer("attention.router", attention.router, attention.pool)
         ffn = model.ffn_in(index, num_layers)
         if isinstance(ffn, MoEConfig):
             yield RoutedSublayer("ffn.router", ffn.router, ffn.pool)
+    if isinstance(model.depth.router, TokenChoiceConfig):
+        depths = PoolShape((("ffn", model.depth.num_recursions),))
+        yield RoutedSublayer("depth.router", model.depth.router.stages, depths)
 
 
 def _stage_problems(path: str, router: RouterConfig, pool: PoolShape) -> Iterator[Problem]:
@@ -280,7 +244,7 @@ def _controller_problems(path: str, router: RouterConfig, pool: PoolShape) -> It
 
 def layer_rules(model: ModelConfig) -> Iterator[Problem]:
     """Dense layers, reuse groups, chains and residuals must fit the layers they join."""
-    ffn, program = model.ffn, _program(model)
+    ffn, program = model.ffn, valid_program(model)
     if not isinstance(ffn, MoEConfig) or program is None or any(True for _ in expert_rules(model)):
         return
     num_layers = len(program.layers)
@@ -301,7 +265,7 @@ def layer_rules(model: ModelConfig) -> Iterator[Problem]:
     if ffn.chain is not None and model.block == "parallel":
         yield Problem("ffn.chain", "a parallel block has one turn; use block: sequential")
     scorer = ffn.router.scorer
-    is_residual = isinstance(scorer, LinearScorerConfig) and scorer.gating_residual
+    is_residual = isinstance(scorer, LinearScorerConfig) and scorer.gating_residual == "prev_layer"
     is_chained = ffn.chain is not None and ffn.chain.routers == "shared"
     if is_residual and not uniform and (model.depth.sharing != "none" or is_chained):
         yield Problem(
@@ -310,16 +274,4 @@ def layer_rules(model: ModelConfig) -> Iterator[Problem]:
         )
 
 
-MODEL_RULES = (
-    attention_rules,
-    expert_rules,
-    sharing_rules,
-    depth_router_rules,
-    router_rules,
-    layer_rules,
-)
-
-
-def _program(model: ModelConfig) -> Program | None:
-    """The program, None where the depth is not valid."""
-    return None if any(True for _ in sharing_rules(model)) else build_program(model.depth)
+MODEL_RULES = (attention_rules, expert_rules, *DEPTH_RULES, router_rules, layer_rules)

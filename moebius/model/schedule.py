@@ -47,3 +47,8 @@ def value_at(scheduled: float | tuple[tuple[int, float], ...], step: int) -> flo
         if step < end:
             return low + (high - low) * (step - start) / (end - start)
     return scheduled[-1][1]
+
+
+def steps_of(scheduled: float | tuple[tuple[int, float], ...]) -> tuple[int, ...]:
+    """The steps between which the value changes linearly; 0 for a constant."""
+    return tuple(step for step, _ in scheduled) if isinstance(scheduled, tuple) else (0,)

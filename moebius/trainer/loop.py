@@ -1,9 +1,7 @@
 """The training loop."""
 
-from torch.nn.utils import clip_grad_norm_
-
 from moebius.trainer.callbacks.base import StepReport
-from moebius.trainer.optim import set_lr
+from moebius.trainer.optim import clip_gradients, set_lr
 from moebius.trainer.run import Run
 from moebius.trainer.schedules import lr_ratio
 
@@ -32,11 +30,11 @@ def train_step(run: Run) -> StepReport:
     config = run.config
     batch = next(run.stream).to(run.device)
     micro_batches = batch.split(config.train.micro_batch_size or config.train.batch_size)
-    result = run.executor.accumulate_gradients(micro_batches, run.step_context)
-    grad_norm = clip_grad_norm_(run.decoder.parameters(), config.optim.clip_norm)
+    result = run.executor.accumulate_gradients(micro_batches, run.step_context, run.teacher)
+    grad_norm = clip_gradients(run.decoder, config.optim.clip_norm)
     lr = config.optim.lr * lr_ratio(config.optim.schedule, run.step, config.train.num_steps)
     set_lr(run.optimizer, lr)
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.decoder.update_routers(result.ledger, run.step)
-    return StepReport(result.loss, grad_norm, lr, result.ledger, batch.sample_ids_B)
+    return StepReport(result.losses, grad_norm, lr, result.ledger, batch.sample_ids_B)

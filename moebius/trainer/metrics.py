@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moebius.model.cost import visit_costs
 from moebius.model.decoder import Decoder
 from moebius.model.ledger import Ledger
 from moebius.model.moe.layer import Executed
@@ -21,7 +22,7 @@ def executed_rows(ledger: Ledger) -> Executed:
 
 def routing_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
     """Losses and health of both routings, over all sites; the names are explained in
-    `docs/routing.md`."""
+    `docs/routing.md` and `docs/recursion.md`."""
     metrics = {f"train/{name}_loss": float(loss) for name, loss in ledger.losses.items()}
     return metrics | width_metrics(decoder, ledger) | depth_metrics(ledger)
 
@@ -65,21 +66,53 @@ def _deviation(histogram_K: Tensor) -> float:
 
 
 def depth_metrics(ledger: Ledger) -> dict[str, float]:
-    """`depth/agreement`: share of candidates for which the causal threshold decides like the
-    selection in training."""
-    depths = [sums for sums in ledger.statistics.values() if "agreement" in sums]
-    if not depths:
-        return {}
-    candidates = sum(float(sums["candidates"]) for sums in depths)
-    return {"depth/agreement": sum(float(sums["agreement"]) for sums in depths) / candidates}
+    """`depth/...`: who enters the passes of routed loops, see `docs/recursion.md`."""
+    metrics = {}
+    passes = {s: sums for s, sums in ledger.statistics.items() if "places" in sums}
+    for site, sums in passes.items():
+        name = f"{site.module.removeprefix('depth.')}.{site.depth}"
+        metrics[f"depth/selected_share_{name}"] = float(sums["selected"]) / max(
+            float(sums["candidates"]), 1
+        )
+        metrics[f"depth/dead_share_{name}"] = float((sums["places"] == 0).float().mean())
+        if "gates" in sums:
+            selected = max(float(sums["selected"]), 1)
+            metrics[f"depth/gate_{name}"] = float(sums["gates"]) / selected
+    compared = [sums for sums in passes.values() if "agreement" in sums]
+    if compared:
+        candidates = sum(float(sums["candidates"]) for sums in compared)
+        agreeing = sum(float(sums["agreement"]) for sums in compared)
+        metrics["depth/agreement"] = agreeing / candidates
+    choices = [s for site, s in ledger.statistics.items() if site.module.endswith(".choice")]
+    if choices:
+        metrics |= _choice_metrics(choices)
+    return metrics
+
+
+def _choice_metrics(choices: list[dict[str, Tensor]]) -> dict[str, float]:
+    """How evenly tokens choose their number of passes; the mean is over all routed loops."""
+    counts_N = torch.stack([sums["expert_tokens"] for sums in choices]).sum(dim=0)
+    share_N = counts_N / counts_N.sum().clamp(min=1)
+    depth_N = torch.arange(1, len(share_N) + 1, device=share_N.device)
+    return {
+        "depth/mean_passes": float((share_N * depth_N).sum()),
+        "depth/max_violation": float(counts_N.max() / counts_N.mean().clamp(min=1e-9)) - 1,
+        "depth/choice_entropy": float(torch.special.entr(share_N).sum()),
+    }
+
+
+def ffn_flops_per_token(decoder: Decoder, ledger: Ledger, num_tokens: int) -> float:
+    """Forward FLOPs of all feed-forward visits that ran, per token of the batch: what the two
+    budgets, experts that cost nothing and passes that tokens skip, leave together."""
+    costs = visit_costs(decoder, ledger.work, executed_rows(ledger))
+    return sum(cost.ffn for cost in costs) / num_tokens
 
 
 def _computing_experts(decoder: Decoder) -> dict[Site, int]:
-    """For each router call site, how many of its experts need matrix products."""
+    """For each router call site of a layer, how many of its experts need matrix products."""
     return {
-        router.place.site(router.sublayer, depth, iteration): router.pool.num_computing
-        for router in decoder.modules()
+        site: router.pool.num_computing
+        for router in decoder.layers.modules()
         if isinstance(router, Router)
-        for depth in range(1, router.place.num_depths + 1)
-        for iteration in router.iterations
+        for site in router.sites
     }

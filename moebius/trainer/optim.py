@@ -4,22 +4,34 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from moebius.config import ConfigNode
 from moebius.model.parameters import Role, named_specs
 from moebius.trainer.schedules import CosineSchedule, Schedule
 
-RoleName = Literal["embed", "head", "matrix", "expert", "router", "norm_in", "bias"]
+RoleName = Literal[
+    "embed",
+    "head",
+    "matrix",
+    "expert",
+    "router",
+    "aux_router",
+    "norm_in",
+    "adapter",
+    "gain",
+    "bias",
+]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-UNDECAYED = (Role.NORM_IN, Role.BIAS)
+UNDECAYED = (Role.NORM_IN, Role.GAIN, Role.BIAS)
 
 
 class RoleOptions(ConfigNode):
     """Deviations for the parameters of one role."""
 
-    lr_scale: float = Field(1.0, ge=0)
-    """factor on the learning rate"""
+    lr_scale: float | None = Field(None, ge=0)
+    """factor on the learning rate; null: 1, and 10 for `aux_router`, as published"""
     weight_decay: float | None = Field(None, ge=0)
     """null: the common one (norm gains and biases: none)"""
 
@@ -55,12 +67,26 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         decay = options.weight_decay
         if decay is None:
             decay = 0.0 if role in UNDECAYED else config.weight_decay
-        param_groups.append(
-            {"params": parameters, "weight_decay": decay, "lr_scale": options.lr_scale}
-        )
+        scale = options.lr_scale
+        if scale is None:
+            scale = 10.0 if role is Role.AUX_ROUTER else 1.0
+        param_groups.append({"params": parameters, "weight_decay": decay, "lr_scale": scale})
     return torch.optim.AdamW(
         param_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )
+
+
+def clip_gradients(model: nn.Module, clip_norm: float) -> Tensor:
+    """Scale gradients down to a global norm of at most `clip_norm`; returns the norm before.
+
+    Auxiliary routers are clipped by themselves, and not counted: they must not change the model.
+    """
+    own: list[nn.Parameter] = []
+    apart: list[nn.Parameter] = []
+    for _, parameter, spec in named_specs(model):
+        (apart if spec.role is Role.AUX_ROUTER else own).append(parameter)
+    clip_grad_norm_(apart, clip_norm)
+    return clip_grad_norm_(own, clip_norm)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -23,6 +23,7 @@ from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
 from moebius.model.moe.forced import Replay
 from moebius.model.moe.replay import RoutingTable
+from moebius.model.objective import TeacherModel
 from moebius.model.parameters import initialize
 from moebius.trainer.callbacks.base import Callback
 from moebius.trainer.checkpoint.commit import CommitRecord
@@ -83,6 +84,7 @@ class Run:
         self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep)
         self.callbacks = sorted(callbacks, key=lambda callback: callback.priority)
         self.replay = replay_tables(config.model, self.device)
+        self.teacher: TeacherModel | None = None
         self.step = 0
         self.stop_signal: int | None = None
 

@@ -16,7 +16,7 @@ from tests.conftest import MOE
 from tests.model.helpers import build, random_batch
 
 FFN = {"kind": "ffn", "count": 4, "intermediate_size": 16}
-RESIDUAL = {"scorer": {"kind": "linear", "gating_residual": True}}
+RESIDUAL = {"scorer": {"kind": "linear", "gating_residual": "prev_layer"}}
 MIXTURE = {
     "kind": "mixture",
     "num_experts": 4,

@@ -249,7 +249,7 @@ def test_accumulation_changes_nothing(routed: bool, scope: str) -> None:
         "num_layers": 6,
         "sharing": "middle_cycle",
         "num_recursions": 2,
-        "router": {"aux_coefficient": 0.5} if routed else None,
+        "router": {"causal": {"coefficient": 0.5}} if routed else None,
     }
     ffn = with_losses(coefficient=0.5, tau=0.75, scope=scope)
     whole = random_batch(8, 16)

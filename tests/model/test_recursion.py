@@ -178,7 +178,7 @@ def test_full_capacity_and_gate_one_is_plain_recursion(ffn: str) -> None:
         "activation": "constant",
         "alpha": 1.0,
         "gating": "additive",
-        "aux_coefficient": 0.0,
+        "causal": {"coefficient": 0.0},
     }
     executor = lively(build(torch.float64, depth=routed(**router), **changes))
     plain = unrouted(executor, **changes)
@@ -279,7 +279,7 @@ def test_threshold_mode_survives_a_depth_that_nobody_enters() -> None:
 
 def test_auxiliary_loss_teaches_the_threshold_to_select_like_topk() -> None:
     """A few steps on the auxiliary loss alone raise the agreement of the two selections."""
-    executor = build(depth=routed(num_recursions=2, aux_coefficient=1.0), ffn=DENSE)
+    executor = build(depth=routed(num_recursions=2, causal={"coefficient": 1.0}), ffn=DENSE)
     scale_parameters(executor, "embedding", 20.0)
     routers = list(executor.decoder.depth_routers.parameters())
     optimizer = torch.optim.Adam(routers, lr=0.02)
@@ -298,7 +298,7 @@ def test_auxiliary_loss_teaches_the_threshold_to_select_like_topk() -> None:
 
 def test_auxiliary_loss_is_the_cross_entropy_over_the_candidates() -> None:
     """Mean over rows and candidates of each depth, summed over depths, times the coefficient."""
-    executor = lively(build(torch.float64, depth=routed(aux_coefficient=0.5)))
+    executor = lively(build(torch.float64, depth=routed(causal={"coefficient": 0.5})))
     caught: list[tuple[Tensor, Tensor]] = []
     hooks = [
         router.register_forward_hook(lambda _, args, out: caught.append((args, out[1].index_BK)))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from moebius.model.context import Carry
+from moebius.model.carry import Carry
 from moebius.model.moe.config import ChainConfig
 
 Turn = Callable[[Tensor, Carry, int], tuple[Tensor, Carry]]

@@ -45,6 +45,9 @@ class RouterConfig(ConfigNode):
     """auxiliary losses"""
     controllers: Annotated[tuple[AnyController, ...], Field(strict=False)] = ()
     """state that steers the selection, moved after every optimizer step"""
+    per_depth: bool = False
+    """parameters of its own for each pass of a recursion; else they are shared, and only state
+    (biases, thresholds, statistics) is kept by pass"""
     frozen: bool = False
     """keep the scorer's parameters at their initial values"""
 

@@ -5,12 +5,13 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from moebius.model.carry import Carry
 from moebius.model.config import ModelConfig
-from moebius.model.context import Carry, DepthContext
+from moebius.model.context import DepthContext
 from moebius.model.ffn import SwiGLU
 from moebius.model.moe.config import MoEConfig
 from moebius.model.moe.experts import ExpertPool
-from moebius.model.moe.router import Router
+from moebius.model.moe.router import build_routers, route, router_at
 from moebius.model.parameters import ParameterModule
 from moebius.model.program import LayerPlace, Site, Visit
 
@@ -31,11 +32,9 @@ class MoE(ParameterModule):
         super().__init__()
         self.config = moe
         self.pool_name = pool_name
-        own_routers = moe.chain is None or moe.chain.routers == "per_iteration"
-        turns = range(1, moe.iterations + 1)
-        served = [(turn,) for turn in turns] if own_routers else [tuple(turns)]
-        self.routers = nn.ModuleList(
-            Router(config, moe.router, moe.pool, place, SUBLAYER, turns) for turns in served
+        chain_shares = moe.chain is not None and moe.chain.routers == "shared"
+        self.routers = build_routers(
+            config, moe.router, moe.pool, place, SUBLAYER, moe.iterations, chain_shares
         )
         self.experts = None
         if moe.reuse == 1:
@@ -43,7 +42,7 @@ class MoE(ParameterModule):
         self.shared = None
         if moe.shared is not None:
             width = moe.shared.count * moe.shared.intermediate_size
-            self.shared = SwiGLU(config.hidden_size, width, config.init_std)
+            self.shared = SwiGLU(config, width, place)
 
     def forward(
         self, x_BSD: Tensor, carry: Carry, ctx: DepthContext, iteration: int = 1
@@ -52,8 +51,7 @@ class MoE(ParameterModule):
 
         The decision is made here, once; what is recomputed in the backward pass gets it.
         """
-        router = cast(Router, self.routers[min(iteration, len(self.routers)) - 1])
-        routed = router(x_BSD, carry, ctx, iteration)
+        routed = route(self.routers, x_BSD, carry, ctx, iteration)
         pool = self.pool(ctx.shared)
         ids_TK = routed.routing.ids_TK
 
@@ -62,7 +60,7 @@ class MoE(ParameterModule):
             y_BSD = y_TD.view_as(x_BSD)
             if self.shared is None or self.config.shared is None:
                 return y_BSD
-            always: Tensor = self.shared.project(x_BSD)
+            always: Tensor = self.shared.project(x_BSD, ctx)
             return y_BSD + (self.config.shared.scale * always).to(y_BSD.dtype)
 
         y_BSD = ctx.step.run(compute, x_BSD, routed.routing.weights_TK)
@@ -83,8 +81,8 @@ class MoE(ParameterModule):
         """Forward FLOPs of a visit; without `executed` every token has its K costliest experts."""
         pool, total = self.pool(shared), 0
         for iteration in range(1, self.config.iterations + 1):
-            router = cast(Router, self.routers[min(iteration, len(self.routers)) - 1])
-            total += router.flops(num_tokens, has_predecessor or iteration > 1)
+            router = router_at(self.routers, visit.site(SUBLAYER, iteration))
+            total += router.flops(num_tokens, visit, has_predecessor or iteration > 1)
             rows_N = nominal_rows(pool.flops_per_row(), self.config.num_assignments, num_tokens)
             if executed is not None:
                 rows_N = executed[visit.site(SUBLAYER, iteration)]

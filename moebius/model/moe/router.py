@@ -1,14 +1,17 @@
 """From a token to its experts: the stages of routing over width, run in order."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from moebius.model.carry import Carry
 from moebius.model.config import ModelConfig
-from moebius.model.context import Carry, DepthContext
+from moebius.model.context import DepthContext
 from moebius.model.ledger import Ledger
 from moebius.model.moe.config import RouterConfig
 from moebius.model.moe.controllers import Controller, score_histogram
@@ -16,9 +19,9 @@ from moebius.model.moe.entropy import entropy
 from moebius.model.moe.losses import Load, Observation
 from moebius.model.moe.pool import PoolShape
 from moebius.model.moe.routing import RouteContext, Routing, Scores, expert_counts
-from moebius.model.moe.scorers import ScorerShape
-from moebius.model.parameters import ParameterModule
-from moebius.model.program import LayerPlace
+from moebius.model.moe.scorers import LinearScorerConfig, ScorerShape
+from moebius.model.parameters import ParameterModule, Role
+from moebius.model.program import LayerPlace, Site, Visit
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,34 @@ class Routed:
     carry: Carry
     losses: tuple[tuple[str, Tensor, float], ...]
     """name, value, coefficient"""
+    affinity_TN: Tensor
+    """what the weights were made of"""
 
-    def attach_losses(self, y: Tensor, ledger: Ledger) -> Tensor:
+    def attach_losses(self, y: Tensor, ledger: Ledger, prefix: str = "") -> Tensor:
         """`y` unchanged, with the losses on it, see `Ledger.attach`."""
         for name, value, coefficient in self.losses:
-            y = ledger.attach(y, name, value, coefficient)
+            y = ledger.attach(y, prefix + name, value, coefficient)
         return y
+
+    @classmethod
+    def join(cls, parts: Sequence[Routed], sizes: Sequence[int]) -> Routed:
+        """The decisions of several groups of rows, outside of training: without losses."""
+        routings = [part.routing for part in parts]
+        routing = Routing(
+            torch.cat([r.ids_TK for r in routings]),
+            torch.cat([r.weights_TK for r in routings]),
+            torch.cat([r.probs_TN for r in routings]),
+            torch.cat([r.logits_TN for r in routings]),
+        )
+        carry = Carry.join([part.carry for part in parts], sizes)
+        return cls(routing, carry, (), torch.cat([part.affinity_TN for part in parts]))
 
 
 class Router(ParameterModule):
     """Scorer, score norm, candidates, selector, weights, capacity; always computed in fp32.
 
-    One router may be used several times in a pass: at each depth of a recursion, and at each of
-    several `iterations` of a chain of experts. What it remembers of a step is kept by use.
+    One router may serve several call sites: each depth of a recursion, each turn of a chain of
+    experts. What it remembers of a step is kept by site.
     """
 
     is_null_N: Tensor
@@ -54,18 +72,21 @@ class Router(ParameterModule):
         model: ModelConfig,
         config: RouterConfig,
         pool: PoolShape,
-        place: LayerPlace,
         sublayer: str,
-        iterations: tuple[int, ...] = (1,),
+        sites: tuple[Site, ...],
+        predecessor: int | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.pool = pool
-        self.place = place
         self.sublayer = sublayer
-        self.iterations = iterations
-        predecessor = place.predecessors.get(sublayer)
-        if iterations[-1] > 1:  # a turn after the first follows a router of the same pool
+        self.sites = sites
+        self.looks_back = "prev_layer"
+        if isinstance(config.scorer, LinearScorerConfig):
+            self.looks_back = config.scorer.gating_residual
+        if self.looks_back == "prev_depth":
+            predecessor = pool.num_experts if sites[-1].depth > 1 else None
+        elif any(site.iteration > 1 for site in sites):  # a turn follows one of the same pool
             predecessor = pool.num_experts
         self.scorer = config.scorer.build(
             ScorerShape(
@@ -74,10 +95,10 @@ class Router(ParameterModule):
                 pool.num_experts,
                 predecessor,
                 model.init_std,
-                config.frozen,
+                Role.FROZEN if config.frozen else Role.ROUTER,
             )
         )
-        num_uses = place.num_depths * len(iterations)
+        num_uses = len(sites)
         self.controllers = nn.ModuleList(
             control.build(pool, config.selector, num_uses) for control in config.controllers
         )
@@ -88,12 +109,10 @@ class Router(ParameterModule):
             self.register_buffer("last_counts_UN", torch.zeros(shape))
             self.register_buffer("last_probs_UN", torch.zeros(shape))
 
-    def forward(self, x_BSD: Tensor, carry: Carry, ctx: DepthContext, iteration: int = 1) -> Routed:
+    def forward(self, x_BSD: Tensor, carry: Carry, ctx: DepthContext, site: Site) -> Routed:
         """Route each token, book the statistics of the site, and work out its losses."""
-        site = self.place.site(self.sublayer, ctx.visit.depth, iteration)
         by_document = self.config.scorer.granularity == "document"
-        use = self._use(ctx.visit.depth, iteration)
-        route = RouteContext(site, use, ctx.tokens, ctx.step, by_document)
+        route = RouteContext(site, self.sites.index(site), ctx.tokens, ctx.step, by_document)
         with torch.autocast(x_BSD.device.type, enabled=False):
             logits_TN, carry = self._score(x_BSD, carry, route, ctx.shared)
             scores = self._scores(logits_TN, route)
@@ -112,7 +131,7 @@ class Router(ParameterModule):
             )
             limited = self._limit(chosen, scores, route)
             self._record(chosen, limited, scores, seen, route)
-        return Routed(limited, carry, losses)
+        return Routed(limited, carry, losses, scores.affinity_TN)
 
     def _score(
         self, x_BSD: Tensor, carry: Carry, route: RouteContext, shared: nn.ModuleDict
@@ -126,11 +145,14 @@ class Router(ParameterModule):
         if scorer.jitter and route.step.training:
             noise_TD = route.uniform("jitter", x_TD.shape[1])
             x_TD = x_TD * (1 + scorer.jitter * (2 * noise_TD - 1))
-        previous = carry.router_states.get(self.sublayer)
+        name = self.sublayer
+        if self.looks_back == "prev_depth":
+            name = f"{route.site.module}.{route.site.iteration}"
+        previous = carry.router_states.get(name)
         state = None if previous is None else previous.flatten(0, 1)
         logits_TN, state = self.scorer(x_TD, state, shared)
         if state is not None:
-            carry = carry.with_state(self.sublayer, state.unflatten(0, x_BSD.shape[:2]))
+            carry = carry.with_state(name, state.unflatten(0, x_BSD.shape[:2]))
         return logits_TN, carry
 
     def _scores(self, logits_TN: Tensor, route: RouteContext) -> Scores:
@@ -223,25 +245,65 @@ class Router(ParameterModule):
         for controller in self.controllers:
             yield cast(Controller, controller)
 
-    def _use(self, depth: int, iteration: int) -> int:
-        """Row of the buffers."""
-        return (depth - 1) * len(self.iterations) + self.iterations.index(iteration)
-
     @torch.no_grad()
     def update(self, ledger: Ledger, step: int) -> None:
         """Move controllers and remember the load; `ledger` is that of the whole step, `step` its
-        number. Call once per optimizer step, after it."""
-        for depth in range(1, self.place.num_depths + 1):
-            for iteration in self.iterations:
-                sums = ledger.statistics[self.place.site(self.sublayer, depth, iteration)]
-                use = self._use(depth, iteration)
-                for controller in self._controllers():
-                    controller.update(use, sums, step)
-                if self.remembers_load:
-                    self.last_counts_UN[use] = sums["expert_tokens"]
-                    self.last_probs_UN[use] = sums["prob_sums"]
+        number. Call once per optimizer step, after it. A site that was not visited stays as it was.
+        """
+        for use, site in enumerate(self.sites):
+            sums = ledger.statistics.get(site)
+            if sums is None:
+                continue
+            for controller in self._controllers():
+                controller.update(use, sums, step)
+            if self.remembers_load:
+                self.last_counts_UN[use] = sums["expert_tokens"]
+                self.last_probs_UN[use] = sums["prob_sums"]
 
-    def flops(self, num_tokens: int, has_predecessor: bool) -> int:
+    def flops(self, num_tokens: int, visit: Visit, has_predecessor: bool) -> int:
         """Forward FLOPs of the scorer; the other stages multiply no matrices."""
+        if self.looks_back == "prev_depth":
+            has_predecessor = visit.depth > 1
         flops: int = self.scorer.flops(num_tokens, has_predecessor)
         return flops
+
+
+def build_routers(
+    model: ModelConfig,
+    config: RouterConfig,
+    pool: PoolShape,
+    place: LayerPlace,
+    sublayer: str,
+    iterations: int = 1,
+    chain_shares: bool = False,
+) -> nn.ModuleList:
+    """The routers of a sublayer: one, or one for each depth of a recursion and turn of a chain."""
+    served: dict[tuple[int, int], list[Site]] = {}
+    for site in place.sites(sublayer, range(1, iterations + 1)):
+        key = (site.depth * config.per_depth, site.iteration * (not chain_shares))
+        served.setdefault(key, []).append(site)
+    predecessor = place.predecessors.get(sublayer)
+    return nn.ModuleList(
+        Router(model, config, pool, sublayer, tuple(sites), predecessor)
+        for sites in served.values()
+    )
+
+
+def router_at(routers: Iterable[nn.Module], site: Site) -> Router:
+    """The one of a sublayer's routers that serves a call site."""
+    return next(r for r in routers if isinstance(r, Router) and site in r.sites)
+
+
+def route(
+    routers: nn.ModuleList, x_BSD: Tensor, carry: Carry, ctx: DepthContext, iteration: int = 1
+) -> Routed:
+    """The decisions of a sublayer for all rows of a context."""
+    sublayer = cast(Router, routers[0]).sublayer
+
+    def decide(part: DepthContext, x_BSD: Tensor, carry: Carry) -> Routed:
+        site = part.visit.site(sublayer, iteration)
+        routed: Routed = router_at(routers, site)(x_BSD, carry, part, site)
+        return routed
+
+    routed: Routed = ctx.by_visit(decide, x_BSD, carry)
+    return routed

@@ -32,13 +32,8 @@ class ScorerShape:
     """scores of the previous router; None where no visit of the layer has one: then there is no
     `W_g` that would never receive a gradient"""
     init_std: float
-    frozen: bool = False
-    """whether its parameters stay at their initial values"""
-
-    @property
-    def role(self) -> Role:
-        """The role of its parameters."""
-        return Role.FROZEN if self.frozen else Role.ROUTER
+    role: Role = Role.ROUTER
+    """of its parameters; FROZEN: they stay at their initial values"""
 
 
 class Scorer(ParameterModule):
@@ -80,13 +75,14 @@ class LinearScorerConfig(ScorerConfig):
     """`W x`, or with the gating residual of MoE++ `W x + W_g G` with G the previous scores."""
 
     kind: Literal["linear"] = "linear"
-    gating_residual: bool = False
-    """add `W_g @ scores of the previous router` (MoE++ pathway-aware router)"""
+    gating_residual: Literal["none", "prev_layer", "prev_depth"] = "none"
+    """add `W_g @ scores` of an earlier router (MoE++): of the layer before, as published, or of
+    the same layer in the pass before, which stays inside a layer and is nothing at the first"""
 
     @property
     def passes_state(self) -> bool:
         """Its raw scores."""
-        return self.gating_residual
+        return self.gating_residual != "none"
 
     def build(self, shape: ScorerShape) -> Scorer:
         """The module."""
@@ -105,7 +101,7 @@ class LinearScorer(Scorer):
         spec = ParameterSpec(shape.role, std=config.std(shape))
         self.declare("weight", (shape.num_experts, shape.hidden_size), spec)
         self.residual = None
-        if config.gating_residual and shape.predecessor_experts is not None:
+        if config.passes_state and shape.predecessor_experts is not None:
             # Zeros: at the first step the layer routes like one without the residual.
             size = (shape.num_experts, shape.predecessor_experts)
             self.declare("residual", size, ParameterSpec(shape.role))
@@ -191,7 +187,7 @@ class CosineScorer(Scorer):
         size, spec = config.projection_size, ParameterSpec(shape.role, std=config.std(shape))
         self.declare("projection", (size, shape.hidden_size), spec)
         self.declare("weight", (shape.num_experts, size), spec)
-        role = Role.FROZEN if shape.frozen else Role.BIAS
+        role = shape.role if shape.role is Role.FROZEN else Role.BIAS
         self.declare("log_scale", (1,), ParameterSpec(role, mean=math.log(config.initial_scale)))
 
     def forward(

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class StepReport:
     """What one optimizer step left behind; tensors are still on the device."""
 
-    loss: Tensor
+    losses: dict[str, Tensor]
+    """see `StepResult.losses`"""
     grad_norm: Tensor
     lr: float
     ledger: Ledger

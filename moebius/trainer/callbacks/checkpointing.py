@@ -28,7 +28,7 @@ class CheckpointCallback(Callback):
 
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """Save where it is due; after the callbacks whose state the checkpoint holds."""
-        finite = report.loss.isfinite() & report.grad_norm.isfinite()
+        finite = report.losses["loss"].isfinite() & report.grad_norm.isfinite()
         self.finite = finite if self.finite is None else self.finite & finite
         if run.step % run.config.checkpoint.interval == 0:
             self._save(run)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from moebius.errors import TrainingError
-from moebius.model.cost import training_flops
+from moebius.model.cost import planned_work, training_flops
 from moebius.trainer.callbacks.base import Callback, StepReport
 from moebius.trainer.machine import matmul_flops_per_second
-from moebius.trainer.metrics import executed_rows, routing_metrics
+from moebius.trainer.metrics import executed_rows, ffn_flops_per_token, routing_metrics
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
@@ -49,7 +49,7 @@ class MetricsCallback(Callback):
         metrics = {}
         if due or run.step == config.train.num_steps:
             metrics = {
-                "train/loss": float(report.loss),
+                **{f"train/{name}": float(loss) for name, loss in report.losses.items()},
                 "train/grad_norm": float(report.grad_norm),
                 "train/lr": report.lr,
                 "train/tokens": float(run.stream.position * config.data.sequence_length),
@@ -72,9 +72,14 @@ class MetricsCallback(Callback):
         self._measure(run, seconds=0.05)
         rows, length = run.config.train.batch_size, run.config.data.sequence_length
         steps_per_second = self.steps / self.seconds
-        executed = training_flops(run.decoder, rows, length, executed_rows(report.ledger))
-        nominal = training_flops(run.decoder, rows, length)
+        work = report.ledger.work
+        executed = training_flops(run.decoder, work, executed_rows(report.ledger))
+        planned = planned_work(run.decoder, rows, length, run.step - 1)
+        nominal = training_flops(run.decoder, planned)
         return {
+            "speed/ffn_flops_per_token": ffn_flops_per_token(
+                run.decoder, report.ledger, rows * length
+            ),
             "speed/tokens_per_second": rows * length * steps_per_second,
             "speed/step_seconds": 1 / steps_per_second,
             "speed/mfu": executed * steps_per_second / self.peak,

@@ -7,15 +7,18 @@ from rich.console import Console
 from rich.table import Table
 
 from moebius.model.block import Block
+from moebius.model.config import ModelConfig
 from moebius.model.cost import (
     BACKWARD_PER_FORWARD,
     balanced_rows,
     forward_flops,
+    planned_work,
     visit_costs,
 )
 from moebius.model.decoder import Decoder
 from moebius.model.mixture_attention import MixtureAttention
 from moebius.model.moe.layer import MoE
+from moebius.model.recursion.config import ExpertChoiceConfig, TokenChoiceConfig
 from moebius.trainer.config_file import load_config
 
 TABLE_WIDTH = 100
@@ -48,18 +51,18 @@ def program_table(decoder: Decoder, sequence_length: int) -> Table:
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     seen: set[str] = set()
-    for cost in visit_costs(decoder, 1, sequence_length):
-        layer = cost.visit.layer
+    for cost in visit_costs(decoder, planned_work(decoder, 1, sequence_length)):
+        layer, tokens = cost.visit.layer, cost.extent.tokens
         size = sum(p.numel() for p in decoder.layers[layer].parameters())
         table.add_row(
             str(cost.visit.index),
             layer,
             str(cost.visit.depth),
-            f"{cost.capacity:.3f}",
-            f"{cost.length:,}",
+            f"{tokens / sequence_length:.3f}",
+            f"{tokens:,}",
             _experts(decoder, layer),
             "shared" if layer in seen else f"{size:,}",
-            f"{cost.flops / cost.length / 1e6:,.2f}",
+            f"{cost.flops / tokens / 1e6:,.2f}",
         )
         seen.add(layer)
     return table
@@ -71,30 +74,52 @@ def summary(decoder: Decoder, sequence_length: int) -> list[str]:
     outside = decoder.embedding.weight.numel()
     if decoder.head is not None:
         outside += decoder.head.weight.numel()
-    nominal = forward_flops(decoder, 1, sequence_length) / sequence_length
+    work = planned_work(decoder, 1, sequence_length)
+    nominal = forward_flops(decoder, work) / sequence_length
+    ffn = sum(cost.ffn for cost in visit_costs(decoder, work)) / sequence_length
     lines = [
         f"parameters: {total:,} ({total - outside:,} without embedding and head)",
-        f"forward FLOPs per token: {nominal:,.0f}, "
+        f"forward FLOPs per token: {nominal:,.0f} ({ffn:,.0f} in feed-forwards), "
         f"with backward {nominal * (1 + BACKWARD_PER_FORWARD):,.0f}",
     ]
+    lines += _depth_lines(decoder.config)
     if decoder.shared:
         size = sum(p.numel() for p in decoder.shared.parameters())
         lines.append(f"used by several layers: {', '.join(decoder.shared)} ({size:,} parameters)")
-    rows = balanced_rows(decoder, 1, sequence_length)
+    rows = balanced_rows(decoder, work)
     learned = [r.selector for r in decoder.config.routers.values() if r.selector.asks_router]
     if rows and all(selector.fixed_k for selector in learned) and learned:
-        balanced = forward_flops(decoder, 1, sequence_length, rows) / sequence_length
+        balanced = forward_flops(decoder, work, rows) / sequence_length
+        ffn = sum(cost.ffn for cost in visit_costs(decoder, work, rows)) / sequence_length
         lines.append(
             "the FLOPs above give every token its costliest experts; at balance of the load: "
-            f"{balanced:,.0f}"
+            f"{balanced:,.0f} ({ffn:,.0f} in feed-forwards)"
         )
+    return lines
+
+
+def _depth_lines(model: ModelConfig) -> list[str]:
+    """What the table does not show of the depth."""
+    depth, lines = model.depth, []
+    if isinstance(depth.router, ExpertChoiceConfig):
+        lines.append("each pass of the loop chooses its tokens; shares are those after all warm-up")
+    elif isinstance(depth.router, TokenChoiceConfig):
+        lines.append("each token chooses its passes; shares are those of a balanced choice")
+    if depth.kv != "per_depth":
+        lines.append(f"passes of a layer share keys and values: {depth.kv}")
+    if depth.adapter is not None:
+        lines.append(f"passes of a layer differ by an adapter: {depth.adapter.kind}")
+    if model.exits is not None:
+        after = ", ".join(str(number) for number in model.exits.after)
+        lines.append(f"early exits after so many visits: {after}")
     return lines
 
 
 def _experts(decoder: Decoder, layer: str) -> str:
     """Experts per token of computing + zero-computation ones, for each routed sublayer."""
     block = decoder.layers[layer]
-    assert isinstance(block, Block)
+    if not isinstance(block, Block):
+        return ""
     parts = []
     if isinstance(block.attention, MixtureAttention):
         config = block.attention.config

@@ -117,7 +117,7 @@ def test_detaching_the_state_changes_earlier_gradients_of_a_model() -> None:
 
 
 SCORERS = [
-    {"kind": "linear", "gating_residual": True},
+    {"kind": "linear", "gating_residual": "prev_layer"},
     {"kind": "mlp"},
     {"kind": "cosine"},
     {"kind": "gru", "state_size": 6},

@@ -19,7 +19,7 @@ EXPERTS = [
     {"kind": "zero"},
 ]
 RANDOM_ROUTER = {
-    "scorer": {"kind": "linear", "gating_residual": True, "jitter": 0.1},
+    "scorer": {"kind": "linear", "gating_residual": "prev_layer", "jitter": 0.1},
     "norm": {"noise": 0.2},
     "selector": {"kind": "top_k", "top_k": 3, "sampled_tail": 1},
     "weights": {"kind": "renormalize"},
@@ -31,7 +31,7 @@ ROUTED_DEPTH = {
     "num_layers": 4,
     "sharing": "cycle",
     "num_recursions": 2,
-    "router": {"capacities": [1.0, 0.5], "aux_coefficient": 0.1},
+    "router": {"capacities": [1.0, 0.5], "causal": {"coefficient": 0.1}},
 }
 
 

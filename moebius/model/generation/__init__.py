@@ -1,0 +1,1 @@
+"""Generating one token after another with what earlier tokens have left behind."""

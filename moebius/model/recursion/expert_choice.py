@@ -1,0 +1,166 @@
+"""Expert-choice routing over depth (Mixture-of-Recursions, arXiv 2507.10524, section 2.2)."""
+
+from dataclasses import replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moebius.kernels.depth_select import (
+    add_rows,
+    compact,
+    scatter_counts,
+    take_rows,
+    top_k_mask,
+    top_share_mask,
+)
+from moebius.model.config import ModelConfig
+from moebius.model.context import DepthContext
+from moebius.model.moe.scorers import Scorer, ScorerShape
+from moebius.model.parameters import Role
+from moebius.model.program import Segment, kept_tokens
+from moebius.model.recursion.config import (
+    CausalLoss,
+    CausalRouter,
+    DepthScorer,
+    ExpertChoiceConfig,
+)
+from moebius.model.recursion.routing import DepthRouting, LoopState, Selection, everyone
+
+
+class ExpertChoice(DepthRouting):
+    """A router for each pass, which takes the best of the tokens that the pass before had.
+
+    A token that was not selected once never returns. In `topk` mode the best are compared within a
+    row or document; in `threshold` mode each token is judged by itself, and rows keep different
+    numbers of tokens.
+    """
+
+    def __init__(self, model: ModelConfig, config: ExpertChoiceConfig, segment: Segment) -> None:
+        super().__init__()
+        self.config = config
+        self.sites = tuple(segment.site(number + 1) for number in range(len(segment.passes)))
+
+        def scorers(scorer: DepthScorer, role: Role) -> nn.ModuleList:
+            shape = ScorerShape("depth", model.hidden_size, 1, None, model.init_std, role=role)
+            return nn.ModuleList(scorer.build(shape) for _ in self.sites)
+
+        self.scorers = scorers(config.scorer, Role.ROUTER)
+        self.predictors = nn.ModuleList()
+        if isinstance(config.causal, CausalRouter):
+            self.predictors = scorers(config.causal.scorer, Role.AUX_ROUTER)
+
+    def begin(self, x_BSD: Tensor, ctx: DepthContext, num_passes: int) -> LoopState:
+        """Everyone is a candidate."""
+        return LoopState(x_BSD, x_BSD, everyone(x_BSD))
+
+    def admit(
+        self, state: LoopState, share: float, ctx: DepthContext
+    ) -> tuple[LoopState, Selection]:
+        """Score the candidates and select; book statistics and losses."""
+        number, step = ctx.visit.depth - 1, ctx.step
+        candidates_BS = state.active_BK
+        present_BS = candidates_BS >= 0
+        x_BSD = state.stream_BSD
+        rows = take_rows(x_BSD, candidates_BS)
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            logits_BS = self._score(self.scorers[number], rows)
+            judged_BS = logits_BS
+            if self.predictors:
+                judged_BS = self._score(self.predictors[number], rows.detach())
+            causal_BS = (judged_BS >= 0) & present_BS
+            if step.mode == "topk":
+                keep_BS, most = self._best(logits_BS.detach(), candidates_BS, share, ctx)
+                errors_BS = F.binary_cross_entropy_with_logits(
+                    judged_BS, keep_BS.to(judged_BS.dtype), reduction="none"
+                )
+                x_BSD = self._attach_losses(x_BSD, logits_BS, errors_BS, present_BS, ctx)
+            else:
+                keep_BS, most = causal_BS, max(1, int(causal_BS.sum(dim=1).max()))
+            index_BK, slot_BK = compact(candidates_BS, keep_BS, most)
+            gate_BK = self._gate(logits_BS.gather(1, slot_BK))
+        step.ledger.record(
+            self.sites[number],
+            candidates=present_BS.sum(),
+            selected=keep_BS.sum(),
+            agreement=((causal_BS == keep_BS) & present_BS).sum(),
+            gates=(gate_BK * (index_BK >= 0)).sum(),
+            places=scatter_counts(index_BK, ctx.tokens.row_length),
+        )
+        state = replace(state, stream_BSD=x_BSD, inner_BSD=x_BSD, active_BK=index_BK)
+        return state, Selection(index_BK, gate_BK)
+
+    def absorb(
+        self, state: LoopState, chosen: Selection, inner: Tensor, outer: Tensor, depth: int
+    ) -> LoopState:
+        """`h + gate * F(h)`, or with additive gating `h + gate * (F(h) - h)`."""
+        if self.config.gating == "additive":
+            outer = outer - inner
+        update = chosen.gate_BK.unsqueeze(-1) * outer
+        x_BSD = add_rows(state.stream_BSD, chosen.index_BK, update)
+        return replace(state, stream_BSD=x_BSD, inner_BSD=x_BSD)
+
+    def _score(self, scorer: nn.Module, rows: Tensor) -> Tensor:
+        """Logits `[B, S]` in fp32 or wider."""
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        logits_T1, _ = cast(Scorer, scorer)(
+            rows.flatten(0, 1) / self.config.temperature, None, nn.ModuleDict()
+        )
+        return cast(Tensor, logits_T1).view(rows.shape[:2])
+
+    def _best(
+        self, logits_BS: Tensor, candidates_BS: Tensor, share: float, ctx: DepthContext
+    ) -> tuple[Tensor, int]:
+        """Which candidates are selected, and how many at most in a row."""
+        tokens = ctx.tokens
+        if self.config.scope == "row":
+            k = kept_tokens(share, tokens.row_length, self.config.multiple_of)
+            k = min(k, candidates_BS.shape[1])
+            return top_k_mask(logits_BS, k), k
+        keep_BS = top_share_mask(logits_BS, candidates_BS, tokens.segment_ids_BS, share)
+        return keep_BS, max(1, int(keep_BS.sum(dim=1).max()))
+
+    def _attach_losses(
+        self,
+        x_BSD: Tensor,
+        logits_BS: Tensor,
+        errors_BS: Tensor,
+        present_BS: Tensor,
+        ctx: DepthContext,
+    ) -> Tensor:
+        """The losses of the pass, means over its candidates.
+
+        Where documents compete, how many candidates there are depends on the micro-batch. The mean
+        is then over all tokens, those that have left counting 0: no cut changes the sum.
+        """
+        config, ledger = self.config, ctx.step.ledger
+        count = logits_BS.numel() if config.scope == "row" else ctx.tokens.place_BS.numel()
+
+        def mean(values_BS: Tensor) -> Tensor:
+            return (values_BS * present_BS).sum() / count
+
+        if isinstance(config.causal, CausalLoss):
+            x_BSD = ledger.attach(x_BSD, "depth", mean(errors_BS), config.causal.weight)
+        elif isinstance(config.causal, CausalRouter):
+            x_BSD = ledger.attach(x_BSD, "depth_predictor", mean(errors_BS), 1.0)
+        if config.z_coefficient:
+            z_loss = mean(logits_BS.square())
+            x_BSD = ledger.attach(x_BSD, "depth_z", z_loss, config.z_coefficient)
+        return x_BSD
+
+    def _gate(self, logits_BK: Tensor) -> Tensor:
+        alpha = self.config.alpha
+        if self.config.activation == "sigmoid":
+            return alpha * logits_BK.sigmoid()
+        if self.config.activation == "tanh":
+            return alpha * logits_BK.tanh()
+        if self.config.activation == "none":
+            return alpha * logits_BK
+        return torch.full_like(logits_BK, alpha)
+
+    def flops(self, num_candidates: int, depth: int) -> int:
+        """A score for each candidate, and a prediction where there is a second router."""
+        number = depth - 1
+        scorers = [self.scorers[number], *(self.predictors and [self.predictors[number]])]
+        return sum(cast(Scorer, s).flops(num_candidates, has_predecessor=False) for s in scorers)
