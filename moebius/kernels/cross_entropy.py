@@ -63,9 +63,10 @@ def linear_cross_entropy(
     during backward.
 
     Under autocast the products run in its dtype, those of the gradients too, else in the inputs';
-    losses and the weight's gradient are summed up in fp32 (the weight's dtype). Labels outside of
-    the vocabulary raise what `gather` raises; none is ignored. Raises ValueError for other than X
-    coefficients, a teacher without `kl_coefficients` or the reverse, and chunks of no token.
+    losses are summed up in fp32, the weight's gradient in the weight's dtype. There are no second
+    derivatives. Raises ValueError for other than X coefficients, T labels or T tokens of the
+    teacher, a teacher without `kl_coefficients` or the reverse, and chunks of no token; a label
+    outside of the vocabulary raises what `gather` raises, no value of it means to ignore a token.
     """
     kl = (0.0,) * len(hidden_XTD) if kl_coefficients is None else tuple(kl_coefficients)
     counts = (len(hidden_XTD), len(ce_coefficients), len(kl))
@@ -73,6 +74,7 @@ def linear_cross_entropy(
         raise ValueError(f"{counts[0]} exits, but {counts[1]} and {counts[2]} coefficients")
     if (teacher is None) != (kl_coefficients is None):
         raise ValueError("a teacher and kl_coefficients are given together or not at all")
+    _check_tokens(labels_T, *hidden_XTD, *([] if teacher is None else [teacher.hidden_TD]))
     request = _Request(
         ce=tuple(ce_coefficients),
         kl=kl,
@@ -94,6 +96,7 @@ def token_cross_entropy(
 
     FLOPs: `2 * T * D * V`; dtypes, bytes and errors as in `linear_cross_entropy`.
     """
+    _check_tokens(labels_T, hidden_TD)
     chunk_tokens = _chunk_tokens(len(labels_T), len(weight_VD), chunk_tokens)
     head = _Head(weight_VD, chunk_tokens)
     losses_T = head.logits_CV.new_empty(labels_T.shape)
@@ -323,6 +326,13 @@ def _for_products(x: Tensor) -> Tensor:
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
+
+
+def _check_tokens(labels_T: Tensor, *hidden: Tensor) -> None:
+    """Raise ValueError unless there is a label for each token: slices would hide it."""
+    for hidden_TD in hidden:
+        if len(hidden_TD) != len(labels_T):
+            raise ValueError(f"{len(hidden_TD)} tokens, but {len(labels_T)} labels")
 
 
 def _chunk_tokens(tokens: int, vocabulary: int, requested: int | None) -> int:

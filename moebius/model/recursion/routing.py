@@ -42,12 +42,12 @@ class LoopState:
     gate_BS: Tensor | None = None
     """factor on the result of the last one, where tokens choose"""
 
-    def rows(self, start: int, end: int) -> LoopState:
-        """The state of some rows."""
-        return self._map(lambda tensor, _: tensor[start:end])
+    def select(self, rows: Tensor) -> LoopState:
+        """The state of some rows, by number."""
+        return self._map(lambda tensor, _: tensor[rows])
 
     @classmethod
-    def join(cls, parts: Sequence[LoopState], sizes: Sequence[int]) -> LoopState:
+    def join(cls, parts: Sequence[LoopState]) -> LoopState:
         """The state of several groups of rows."""
         return parts[0]._map(lambda _, name: torch.cat([getattr(part, name) for part in parts]))
 
