@@ -137,10 +137,14 @@ class Program:
         """The program that ends after so many visits, one of `exits`."""
         segments = []
         for segment in self.segments:
-            passes = [tuple(v for v in p if v.index < num_visits) for p in segment.passes]
-            kept = tuple(visits for visits in passes if visits)
-            if kept:
-                segments.append(replace(segment, passes=kept))
+            whole = tuple(p for p in segment.passes if p[-1].index < num_visits)
+            if whole:
+                segments.append(replace(segment, passes=whole))
+            if len(whole) < len(segment.passes):
+                # The passes of a segment are equally long, so a part of one stands by itself.
+                part = tuple(v for v in segment.passes[len(whole)] if v.index < num_visits)
+                segments += [Segment((part,))] if part else []
+                break
         return Program(tuple(segments))
 
 

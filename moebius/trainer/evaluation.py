@@ -10,9 +10,9 @@ from moebius.data.batch import Batch
 from moebius.model.context import Mode, StepContext
 from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
+from moebius.model.recursion.config import ExpertChoiceConfig
 
 
-@torch.no_grad()
 def evaluate(
     executor: LocalExecutor,
     batches: Iterable[Batch],
@@ -23,26 +23,32 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean cross-entropy in nats per token, and in bits per byte of the text that was predicted.
 
-    A model that routes over depth is evaluated twice: `eval/loss` selects causally (threshold), as
-    generation does; `eval/topk_loss` selects as in training, looking ahead, as published results
-    do. `step` and `seed` are the run's: what is scheduled or random in routing follows them.
-    `token_bytes` is the length of each id's text, see `data.tokenizer.token_bytes`.
+    A model whose passes choose their tokens is evaluated twice: `eval/loss` selects causally
+    (threshold), as generation does; `eval/topk_loss` selects as in training, looking ahead, as
+    published results do. Early exits of a model have `eval/exit_<n>_loss`. `step` and `seed` are
+    the run's: what is scheduled or random in routing follows them. `token_bytes` is the length of
+    each id's text, see `data.tokenizer.token_bytes`.
     """
     modes: dict[str, Mode] = {"": "threshold"}
-    if len(executor.decoder.depth_routers):
+    if isinstance(executor.decoder.config.depth.router, ExpertChoiceConfig):
         modes["topk_"] = "topk"
-    sums = dict.fromkeys(modes, 0.0)
+    last = len(executor.program.visits)
+    config = executor.decoder.config.exits
+    early = tuple(n for n in config.after if n < last) if config else ()
+    sums: dict[str, float] = {}
     num_tokens = num_bytes = 0
     for batch in batches:
         on_device = batch.to(device)
         num_tokens += batch.num_tokens
         num_bytes += int(token_bytes_V[batch.labels_BS].sum())
         for prefix, mode in modes.items():
-            sums[prefix] += float(
-                executor.loss_sum(on_device, StepContext(mode, Ledger(), step, seed))
-            )
+            context = StepContext(mode, Ledger(), step, seed)
+            exits = (*early, last) if mode == "threshold" else (last,)
+            for number, losses_BS in executor.token_losses(on_device, context, exits).items():
+                name = prefix if number == last else f"exit_{number}_"
+                sums[name] = sums.get(name, 0.0) + float(losses_BS.double().sum())
     metrics = {}
-    for prefix, total in sums.items():
-        metrics[f"eval/{prefix}loss"] = total / num_tokens
-        metrics[f"eval/{prefix}bits_per_byte"] = total / math.log(2) / num_bytes
+    for name, total in sums.items():
+        metrics[f"eval/{name}loss"] = total / num_tokens
+        metrics[f"eval/{name}bits_per_byte"] = total / math.log(2) / num_bytes
     return metrics

@@ -1,53 +1,81 @@
-"""Sampling text from a model, one token at a time."""
+"""Sampling text from a trained model."""
 
-import numpy as np
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from moebius.data.batch import make_batch
+from moebius.errors import ConfigError
+from moebius.kernels.random import gumbel
+from moebius.model.config import ModelConfig
 from moebius.model.context import StepContext
-from moebius.model.executor import LocalExecutor
+from moebius.model.generation.engine import generate
+from moebius.model.generation.plain import Limits
+from moebius.model.ledger import Ledger
+from moebius.model.recursion.config import CausalLoss, CausalRouter, ExpertChoiceConfig
+from moebius.trainer.restore import TrainedModel
 
 
-@torch.no_grad()
-def generate_ids(
-    executor: LocalExecutor,
-    prompt_ids: list[int],
-    *,
-    eod_id: int,
-    max_new_tokens: int,
-    context_length: int,
-    temperature: float,
-    top_k: int,
-    seed: int,
-    device: torch.device,
-    step: StepContext,
-) -> list[int]:
-    """New ids after a prompt, up to an end of document (which is not returned).
+@dataclass(frozen=True)
+class Sampler:
+    """Draws one of the `top_k` >= 1 most probable ids; `temperature` 0 takes the most probable.
 
-    Every token runs the whole context of at most `context_length` tokens again; depth is selected
-    causally. Temperature 0 takes the most probable token. `step` is the context of a pass with mode
-    `threshold`.
+    A draw is a function of seed, prompt and token number: it does not depend on which prompts are
+    worked on together.
     """
-    generator = torch.Generator().manual_seed(seed)
-    ids = [eod_id, *prompt_ids]  # a document begins with the end of the one before
-    new: list[int] = []
-    for _ in range(max_new_tokens):
-        window = np.asarray([[*ids[-context_length:], eod_id]], dtype=np.int64)
-        batch = make_batch(window, eod_id).to(device)
-        logits_BV = executor.next_token_logits(batch, step)
-        token = sample(logits_BV[0].float().cpu(), temperature, top_k, generator)
-        if token == eod_id:
-            break
-        ids.append(token)
-        new.append(token)
-    return new
+
+    temperature: float
+    top_k: int
+    seed: int
+
+    def __call__(self, logits_V: Tensor, prompt: int, number: int) -> int:
+        """An id."""
+        if self.temperature == 0:
+            return int(logits_V.argmax())
+        values, ids = logits_V.float().cpu().topk(min(self.top_k, logits_V.numel()))
+        digest = hashlib.sha256(f"{self.seed}/{prompt}/{number}".encode()).digest()
+        counter = torch.tensor([number])
+        noise = gumbel(int.from_bytes(digest[:8], "big"), counter, len(ids))[0]
+        return int(ids[(values / self.temperature + noise).argmax()])
 
 
-def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One id from the `top_k` >= 1 most probable ones; `temperature` >= 0."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    values, ids = logits_V.topk(min(top_k, logits_V.numel()))
-    chosen = torch.multinomial((values / temperature).softmax(dim=0), 1, generator=generator)
-    return int(ids[chosen])
+def generate_texts(
+    model: TrainedModel,
+    prompts: Sequence[str],
+    sampler: Sampler,
+    max_new_tokens: int,
+    num_slots: int,
+) -> list[str]:
+    """What the model writes after each prompt.
+
+    Raises ConfigError for a model whose depth routers never learned to select causally.
+    """
+    check_causal(model.config.model)
+    eod_id = model.manifest.tokenizer.eod_id
+    # A document begins with the end of the one before.
+    ids = [
+        [eod_id, *model.tokenizer.encode(prompt, add_special_tokens=False).ids]
+        for prompt in prompts
+    ]
+    limits = Limits(max_new_tokens, model.config.data.sequence_length, eod_id)
+    step = StepContext("threshold", Ledger(), model.step, model.config.train.seed)
+    new = generate(model.executor, ids, sampler, limits, step, num_slots)
+    return [model.tokenizer.decode(tokens) for tokens in new]
+
+
+def check_causal(model: ModelConfig) -> None:
+    """Raise ConfigError where selecting without looking ahead was not trained."""
+    router = model.depth.router
+    if not isinstance(router, ExpertChoiceConfig):
+        return
+    learns = isinstance(router.causal, CausalRouter) or (
+        isinstance(router.causal, CausalLoss) and router.causal.weight > 0
+    )
+    if not learns:
+        raise ConfigError(
+            "model.depth.router.causal: this model was not trained to choose its tokens without "
+            "looking at later ones, so it cannot generate",
+            "train with causal.kind loss or router",
+        )

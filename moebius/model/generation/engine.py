@@ -19,12 +19,48 @@ from torch import Tensor
 
 from moebius.model.carry import Carry
 from moebius.model.context import DepthContext, StepContext, TokenContext
+from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor
 from moebius.model.generation.cache import KVCache
-from moebius.model.generation.plain import Choose, Limits, document_logits
+from moebius.model.generation.plain import Choose, Limits, document_logits, generate_plain
 from moebius.model.ledger import Ledger
+from moebius.model.moe.experts import GRUExpert
+from moebius.model.moe.router import Router
 from moebius.model.program import Segment
 from moebius.model.recursion.routing import DepthRouting, LoopState, Selection
+
+
+def generate(
+    executor: LocalExecutor,
+    prompts: Sequence[Sequence[int]],
+    choose: Choose,
+    limits: Limits,
+    step: StepContext,
+    num_slots: int,
+) -> list[list[int]]:
+    """New ids after each prompt, which is one document; `num_slots` at a time share passes.
+
+    Where routing looks at other tokens than the present one, which a cache does not keep, every
+    token runs its whole context again.
+    """
+    if needs_whole_rows(executor.decoder):
+        return generate_plain(executor, prompts, choose, limits, step)
+    return DepthBatchedGenerator(executor, num_slots, limits, step).run(prompts, choose)
+
+
+def needs_whole_rows(decoder: Decoder) -> bool:
+    """Whether experts or routers of a model need more of earlier tokens than keys and values."""
+    return any(
+        isinstance(module, GRUExpert)
+        or (
+            isinstance(module, Router)
+            and (
+                module.config.scorer.granularity == "document"
+                or module.config.selector.looks_at_row
+            )
+        )
+        for module in decoder.modules()
+    )
 
 
 @dataclass

@@ -220,6 +220,11 @@ class EntropyHybrid(Selector):
         """Where some undecided tokens do not get all experts."""
         return self.dense_share < 1
 
+    @property
+    def looks_at_row(self) -> bool:
+        """Undecided tokens are counted."""
+        return self.dense_share < 1
+
     def max_assignments(self, num_experts: int) -> int:
         """K."""
         return num_experts

@@ -40,6 +40,11 @@ class Selector(Stage):
         return False
 
     @property
+    def looks_at_row(self) -> bool:
+        """Whether a choice depends on those of earlier tokens, which a cache does not keep."""
+        return False
+
+    @property
     def accepts(self) -> tuple[Needs, ...]:
         """What controllers may steer."""
         return ()

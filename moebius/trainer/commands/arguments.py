@@ -5,6 +5,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from moebius.errors import ConfigError
+from moebius.model.program import Program
+
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """A run folder, which of its checkpoints, and where to run it."""
@@ -48,3 +51,11 @@ def utf8(text: str) -> str:
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError("not UTF-8 text") from None
     return text
+
+
+def chosen_exit(program: Program, number: int) -> Program:
+    """The program that ends after so many visits. Raises ConfigError where it has no exit there."""
+    if number not in program.exits:
+        allowed = ", ".join(str(exit_number) for exit_number in program.exits)
+        raise ConfigError(f"--exit: {number}; allowed: {allowed}")
+    return program.until(number)
