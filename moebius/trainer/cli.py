@@ -9,7 +9,7 @@ from typing import Protocol
 from rich.console import Console
 
 from moebius.errors import MoebiusError
-from moebius.trainer.commands import describe, evaluate, generate, schema, train
+from moebius.trainer.commands import convert, describe, evaluate, generate, schema, sweep, train
 
 
 class Command(Protocol):
@@ -28,6 +28,8 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "describe": describe,
     "evaluate": evaluate,
+    "sweep": sweep,
+    "convert": convert,
     "generate": generate,
     "schema": schema,
 }

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from moebius.config import ConfigNode, Problem
 from moebius.data.config import DATA_RULES, DataConfig
 from moebius.model.config import ModelConfig
-from moebius.model.moe.config import RouterConfig
+from moebius.model.recursion.config import TokenChoiceConfig
 from moebius.model.rules import MODEL_RULES
 from moebius.trainer.optim import OptimConfig
 from moebius.trainer.schedules import WSDSchedule
@@ -34,6 +34,19 @@ class TrainConfig(ConfigNode):
     recompute: bool = False
     """compute activations inside attention and feed-forward again in the backward pass instead of
     keeping them; routers decide once, and the numbers stay the same"""
+
+
+class DistillationConfig(ConfigNode):
+    """Learning another model's predictions beside the text (2410.20672: the unshared model's)."""
+
+    teacher: str
+    """run folder of a model with the same tokenizer"""
+    step: NonNegativeInt | None = None
+    """its checkpoint; null: the newest"""
+    coefficient: float = Field(1.0, gt=0)
+    """weight of the forward KL divergence beside the cross-entropy"""
+    temperature: float = Field(1.0, gt=0)
+    """divides the logits of both; the loss is multiplied by its square"""
 
 
 class EvaluationConfig(ConfigNode):
@@ -73,6 +86,8 @@ class RunConfig(ConfigNode):
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig = OptimConfig()
+    distillation: DistillationConfig | None = None
+    """a teacher"""
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -84,7 +99,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     Left out is what reports or places the run. The corpus is compared by its content instead.
     """
     train = {"device", "recompute"}
-    if not any(depends_on_micro_batch(router) for router in config.model.routers.values()):
+    if not depends_on_micro_batch(config.model):
         train.add("micro_batch_size")
     excluded: dict[str, Any] = {
         "run_dir": True,
@@ -95,14 +110,20 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "data": {"dir", "source", "tokenizer", "validation_fraction"},
     }
     leaves = dict(_leaves(config.model_dump(mode="json", exclude=excluded), ()))
-    # Where the decisions lie that a router replays may change, too.
-    return {name: value for name, value in leaves.items() if not name.endswith("selector.path")}
+    # Where replayed decisions lie may change, too, and where a teacher does: its weights are known.
+    moving = ("selector.path", "distillation.teacher", "distillation.step")
+    return {name: value for name, value in leaves.items() if not name.endswith(moving)}
 
 
-def depends_on_micro_batch(router: RouterConfig) -> bool:
+def depends_on_micro_batch(model: ModelConfig) -> bool:
     """Whether some result depends on how a batch is cut."""
-    scopes = [getattr(node, "scope", None) for node in (*router.losses, router.capacity)]
-    return "micro_batch" in scopes
+    routers = [*model.routers.values()]
+    if isinstance(model.depth.router, TokenChoiceConfig):
+        routers.append(model.depth.router.stages)
+    nodes = [node for router in routers for node in (*router.losses, router.capacity)]
+    scopes = [getattr(node, "scope", None) for node in nodes]
+    drawn = model.exits is not None and model.exits.draw == "micro_batch"
+    return drawn or "micro_batch" in scopes
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

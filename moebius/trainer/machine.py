@@ -1,8 +1,24 @@
-"""What the machine can do: the denominator of MFU, measured instead of looked up."""
+"""The machine: which device to use, and what it can do (measured instead of looked up)."""
 
 import time
 
 import torch
+
+from moebius.errors import LayoutError
+from moebius.trainer.config import Device
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+
+
+def select_device(name: Device) -> torch.device:
+    """The device of that name, auto being cuda where there is one.
+
+    Raises LayoutError where the asked one is not there.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise LayoutError("device: cuda, but torch sees no CUDA device", "use auto or cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float) -> float:

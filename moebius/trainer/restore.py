@@ -12,11 +12,14 @@ from moebius.data.tokenizer import load_tokenizer, token_bytes
 from moebius.errors import CheckpointError, DataError
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor
-from moebius.trainer.checkpoint.store import CheckpointStore
+from moebius.trainer.checkpoint.commit import CommitRecord
+from moebius.trainer.checkpoint.store import CheckpointStore, Tensors
 from moebius.trainer.checkpoint.tensors import load_model
 from moebius.trainer.config import Device, RunConfig
 from moebius.trainer.config_file import load_config
-from moebius.trainer.run import AUTOCAST, CONFIG_NAME, select_device
+from moebius.trainer.machine import AUTOCAST, select_device
+
+CONFIG_NAME = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class TrainedModel:
     token_bytes_V: Tensor
     device: torch.device
     step: int
+    weights: str
+    """hash of the file that the weights were read from"""
 
 
 def restore(folder: Path, step: int | None, device_name: Device) -> TrainedModel:
@@ -38,15 +43,7 @@ def restore(folder: Path, step: int | None, device_name: Device) -> TrainedModel
     Raises CheckpointError where the folder holds no run or no checkpoint, DataError where its
     corpus (which holds the tokenizer) is gone or has changed.
     """
-    config_path = folder / CONFIG_NAME
-    if not config_path.is_file():
-        raise CheckpointError(f"'{folder}' is no run folder: it has no {CONFIG_NAME}")
-    config = load_config(config_path)
-    store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
-    checkpoint = store.find(step)
-    if checkpoint is None:
-        raise CheckpointError(f"'{folder}' has no checkpoint yet")
-    record, tensors = store.load(checkpoint)
+    config, record, tensors = read_run(folder, step)
     data = Path(config.data.dir)
     manifest = read_manifest(data)
     if manifest.fingerprint != record.corpus:
@@ -57,4 +54,23 @@ def restore(folder: Path, step: int | None, device_name: Device) -> TrainedModel
     executor = LocalExecutor(decoder.to(device), AUTOCAST[config.train.precision])
     tokenizer = load_tokenizer(data / "tokenizer.json")
     lengths_V = torch.from_numpy(token_bytes(tokenizer))
-    return TrainedModel(config, executor, manifest, tokenizer, lengths_V, device, record.step)
+    weights = record.files["model.safetensors"].sha256
+    return TrainedModel(
+        config, executor, manifest, tokenizer, lengths_V, device, record.step, weights
+    )
+
+
+def read_run(folder: Path, step: int | None) -> tuple[RunConfig, CommitRecord, Tensors]:
+    """Config and verified checkpoint of a run folder, by default the newest.
+
+    Raises CheckpointError where the folder holds no run or no checkpoint.
+    """
+    config_path = folder / CONFIG_NAME
+    if not config_path.is_file():
+        raise CheckpointError(f"'{folder}' is no run folder: it has no {CONFIG_NAME}")
+    config = load_config(config_path)
+    store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
+    checkpoint = store.find(step)
+    if checkpoint is None:
+        raise CheckpointError(f"'{folder}' has no checkpoint yet")
+    return config, *store.load(checkpoint)

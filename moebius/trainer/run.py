@@ -14,7 +14,7 @@ import yaml
 from moebius.data.manifest import Manifest
 from moebius.data.stream import SplitReader, TrainStream
 from moebius.data.tokenizer import load_tokenizer, token_bytes
-from moebius.errors import CheckpointError, DataError, LayoutError
+from moebius.errors import CheckpointError, DataError
 from moebius.files import write_whole
 from moebius.model.config import ModelConfig
 from moebius.model.context import StepContext
@@ -34,24 +34,12 @@ from moebius.trainer.checkpoint.tensors import (
     model_tensors,
     optimizer_tensors,
 )
-from moebius.trainer.config import Device, RunConfig, identity
+from moebius.trainer.config import RunConfig, identity
 from moebius.trainer.config_file import load_config
+from moebius.trainer.machine import AUTOCAST, select_device
 from moebius.trainer.optim import build_optimizer
+from moebius.trainer.restore import CONFIG_NAME, restore
 from moebius.trainer.routing_record import load_routing
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
-CONFIG_NAME = "config.yaml"
-
-
-def select_device(name: Device) -> torch.device:
-    """The device of that name, auto being cuda where there is one.
-
-    Raises LayoutError where the asked one is not there.
-    """
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise LayoutError("device: cuda, but torch sees no CUDA device", "use auto or cpu")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 class Run:
@@ -84,7 +72,7 @@ class Run:
         self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep)
         self.callbacks = sorted(callbacks, key=lambda callback: callback.priority)
         self.replay = replay_tables(config.model, self.device)
-        self.teacher: TeacherModel | None = None
+        self.teacher, self.teacher_weights = load_teacher(config, manifest)
         self.step = 0
         self.stop_signal: int | None = None
 
@@ -116,6 +104,7 @@ class Run:
             config=self.config.model_dump(mode="json"),
             program=[f"{visit.layer}@{visit.depth}" for visit in self.decoder.program.visits],
             callbacks={c.name: state for c in self.callbacks if (state := c.state_dict())},
+            teacher=self.teacher_weights,
             files={},
         )
         tensors = {
@@ -140,12 +129,39 @@ class Run:
                 f"checkpoint '{folder}' was not trained on the corpus '{self.config.data.dir}'",
                 "name the data.dir it was trained on, or another run_dir",
             )
+        if record.step and record.teacher != self.teacher_weights:
+            raise CheckpointError(
+                f"checkpoint '{folder}' was distilled from other weights than those of "
+                "distillation.teacher",
+                "name the teacher and the step it was trained with, or another run_dir",
+            )
         load_model(self.decoder, tensors["model"])
         load_optimizer(self.decoder, self.optimizer, tensors["optimizer"])
         self.step = record.step
         self.stream.position = record.position
         for callback in self.callbacks:
             callback.load_state_dict(record.callbacks.get(callback.name, {}))
+
+
+def load_teacher(config: RunConfig, manifest: Manifest) -> tuple[TeacherModel | None, str | None]:
+    """The model that a run distils from, and the hash of its weights.
+
+    Raises CheckpointError where there is none, DataError where its tokens are other ones.
+    """
+    node = config.distillation
+    if node is None:
+        return None, None
+    found = restore(Path(node.teacher), node.step, config.train.device)
+    if (
+        found.manifest.tokenizer.sha256 != manifest.tokenizer.sha256
+        or found.config.model.vocab_size != config.model.vocab_size
+    ):
+        raise DataError(
+            f"distillation.teacher: '{node.teacher}' has another tokenizer or vocab_size",
+            "train the teacher with the tokenizer of data.dir and the same model.vocab_size",
+        )
+    found.executor.decoder.requires_grad_(False)
+    return TeacherModel(found.executor, node.coefficient, node.temperature), found.weights
 
 
 def replay_tables(model: ModelConfig, device: torch.device) -> dict[str, RoutingTable]:

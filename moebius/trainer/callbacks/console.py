@@ -85,6 +85,8 @@ def training_line(metrics: dict[str, float], eta_seconds: float) -> str:
         )
     if "depth/agreement" in metrics:
         parts.append(f"depth {metrics['depth/agreement']:.0%} causal")
+    if "depth/mean_passes" in metrics:
+        parts.append(f"{metrics['depth/mean_passes']:.2f} passes")
     return " | ".join(parts)
 
 
@@ -96,6 +98,9 @@ def evaluation_line(metrics: dict[str, float]) -> str:
     )
     if "eval/topk_loss" in metrics:
         line += f" (selecting as in training: {metrics['eval/topk_loss']:.4f})"
+    for name, value in metrics.items():
+        if name.startswith("eval/exit_") and name.endswith("_loss"):
+            line += f", exit {name.split('_')[1]}: {value:.4f}"
     return line
 
 

@@ -44,6 +44,14 @@ def non_negative(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    value = non_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number > 0")
+    return value
+
+
 def utf8(text: str) -> str:
     """Text that can be encoded, for argparse; undecodable bytes of the shell cannot."""
     try:
