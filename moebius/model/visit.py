@@ -95,8 +95,8 @@ class VisitNorm(RMSNorm):
     """RMSNorm in front of a sublayer, scaled by visit.
 
     With `layer_norm_scaling` the result is divided by the root of the layer's number (Curse of
-    Depth, arXiv 2502.05795), counted unrolled or among unique layers. With gain adapters it is
-    multiplied by a vector of the depth, which begins with ones.
+    Depth, arXiv 2502.05795), counted unrolled or among unique layers. With gains it is multiplied
+    by a vector of the depth, which begins with ones.
     """
 
     gain: nn.Parameter
@@ -105,7 +105,8 @@ class VisitNorm(RMSNorm):
         super().__init__(model.hidden_size, model.norm_eps)
         self.scaling = model.layer_norm_scaling
         self.unique_number = place.index + 1
-        self.has_gain = isinstance(model.depth.adapter, GainConfig) and place.num_depths > 1
+        adapter = model.depth.adapter
+        self.has_gain = adapter is not None and adapter.gains and place.num_depths > 1
         if self.has_gain:
             shape = (place.num_depths, model.hidden_size)
             self.declare("gain", shape, ParameterSpec(Role.GAIN, mean=1.0))

@@ -1,7 +1,7 @@
 """Configuration of the depth: shared layers, and which tokens pass them how often."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, Tag
 
@@ -151,6 +151,9 @@ class LoraConfig(ConfigNode):
     """rows of A"""
     scale: float = Field(1.0, gt=0)
     """factor on the low-rank part"""
+    gains: bool = True
+    """also a vector per pass behind each norm, as kind `gain`; without, passes share their norms
+    as published, and a dense model is recovered only if its norms are alike"""
 
 
 class DoraConfig(ConfigNode):
@@ -161,12 +164,16 @@ class DoraConfig(ConfigNode):
     """rows of A"""
     scale: float = Field(1.0, gt=0)
     """factor on the low-rank part"""
+    gains: bool = True
+    """also a vector per pass behind each norm, as kind `gain`; without, passes share their norms
+    as published, and a dense model is recovered only if its norms are alike"""
 
 
 class GainConfig(ConfigNode):
     """A vector per pass behind each norm of a shared layer: the cheapest relaxation."""
 
     kind: Literal["gain"] = "gain"
+    gains: ClassVar[bool] = True
 
 
 AdapterConfig = Annotated[LoraConfig | DoraConfig | GainConfig, Field(discriminator="kind")]

@@ -148,10 +148,8 @@ def _router_tensors(name: str, router: Router, visit: Visit) -> dict[str, Tensor
         if site.depth != visit.depth:
             continue
         path = f"{sublayer}.turn{site.iteration}"
-        for key, value in router.named_parameters():
-            tensors[f"{path}.{key}"] = value
-        for key, value in _state(router).items():
-            tensors[f"{path}.{key}"] = value[use]
+        tensors |= {f"{path}.{key}": value for key, value in router.named_parameters()}
+        tensors |= {f"{path}.{key}": value[use] for key, value in _state(router).items()}
     return tensors
 
 
