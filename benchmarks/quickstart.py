@@ -9,7 +9,6 @@ matrix-product rate, measured in the same process (MFU of executed FLOPs).
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,24 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
-ROOT = Path(__file__).parents[1]
-
-
-def processor() -> str:
-    """Name of the CPU as the kernel gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.processor()
+from machine import ROOT, machine
 
 
 def main() -> None:
     """Train, read the log, write the result."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"run_dir={folder}/run", f"data.dir={folder}/data"]
         began = time.perf_counter()
@@ -56,12 +42,7 @@ def main() -> None:
     evaluations = [line for line in lines if "eval/loss" in line]
     reports = [line for line in lines if "speed/mfu" in line][1:]
     result = {
-        "commit": commit,
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **machine(),
         "seconds_from_nothing": round(seconds, 1),
         "validation_loss": {line["step"]: line["eval/loss"] for line in evaluations},
         "bits_per_byte": {line["step"]: line["eval/bits_per_byte"] for line in evaluations},

@@ -8,7 +8,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moebius.model.context import StepContext
-from moebius.model.cost import balanced_rows, forward_flops, training_flops, visit_costs
+from moebius.model.cost import (
+    balanced_rows,
+    forward_flops,
+    planned_work,
+    training_flops,
+    visit_costs,
+)
 from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
 from moebius.trainer.metrics import executed_rows
@@ -100,7 +106,12 @@ def counted_flops(executor: LocalExecutor, backward: bool) -> tuple[int, Ledger]
     """FLOPs of the products that really ran, attention decomposed so that they are visible."""
     batch = random_batch(ROWS, LENGTH)
     ledger = Ledger()
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # Where gradients are wanted the head makes its own in the forward pass.
+    with (
+        torch.set_grad_enabled(backward),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         loss = executor.loss_sum(batch, StepContext("topk", ledger, training=True))
         if backward:
             loss.backward()
@@ -109,11 +120,12 @@ def counted_flops(executor: LocalExecutor, backward: bool) -> tuple[int, Ledger]
 
 @pytest.mark.parametrize("name", FORWARD_CASES)
 def test_forward_flops_equal_the_counter(name: str) -> None:
-    """Exactly, with the assignments that the routers made."""
+    """Exactly, with the assignments that the routers made; the other work is known before."""
     # float64: the experts run as plain products, which the counter knows; grouped ones it does not.
     executor = build(torch.float64, **FORWARD_CASES[name])
     counted, ledger = counted_flops(executor, backward=False)
-    assert forward_flops(executor.decoder, ROWS, LENGTH, executed_rows(ledger)) == counted
+    assert forward_flops(executor.decoder, ledger.work, executed_rows(ledger)) == counted
+    assert planned_work(executor.decoder, ROWS, LENGTH) == ledger.work
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,7 +133,7 @@ def test_training_costs_three_forward_passes(name: str) -> None:
     """Each product costs two more backward, exactly: every input on the way needs its gradient."""
     executor = build(torch.float64, **CASES[name])
     counted, ledger = counted_flops(executor, backward=True)
-    assert training_flops(executor.decoder, ROWS, LENGTH, executed_rows(ledger)) == counted
+    assert training_flops(executor.decoder, ledger.work, executed_rows(ledger)) == counted
 
 
 def test_nominal_cost_sends_as_many_assignments_as_possible_to_ffn_experts() -> None:
@@ -134,16 +146,17 @@ def test_nominal_cost_sends_as_many_assignments_as_possible_to_ffn_experts() -> 
         (single, [tokens, tokens, 0.0, 0.0, 0.0]),
         (several, [tokens / 2] * 4 + [0.0] * 4),  # which of the equal experts does not matter
     ):
-        possible = {cost.visit.site("ffn"): rows for cost in visit_costs(decoder, 1, 1)}
-        nominal = forward_flops(decoder, ROWS, LENGTH)
-        assert nominal == forward_flops(decoder, ROWS, LENGTH, possible)
+        work = planned_work(decoder, ROWS, LENGTH)
+        possible = {cost.visit.site("ffn"): rows for cost in visit_costs(decoder, work)}
+        assert forward_flops(decoder, work) == forward_flops(decoder, work, possible)
 
 
 def test_balanced_cost_has_the_loads_of_the_balance_loss() -> None:
     """Every ffn expert tau times the load of a zero-computation one, at every site."""
     decoder = build(**CASES["moe"]).decoder
-    balanced = balanced_rows(decoder, ROWS, LENGTH)
-    assert set(balanced) == {cost.visit.site("ffn") for cost in visit_costs(decoder, 1, 1)}
+    work = planned_work(decoder, ROWS, LENGTH)
+    balanced = balanced_rows(decoder, work)
+    assert set(balanced) == {cost.visit.site("ffn") for cost in visit_costs(decoder, work)}
     share = 0.75 * 4 / (0.75 * 4 + 4)
     assignments = ROWS * LENGTH * 2
     for rows in balanced.values():

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.model.context import Carry, DepthContext, StepContext, TokenContext
+from moebius.model.carry import Carry
+from moebius.model.context import DepthContext, StepContext, TokenContext
 from moebius.model.ledger import Ledger
 from moebius.model.moe.config import MoEConfig
 from moebius.model.moe.layer import MoE
@@ -106,7 +107,7 @@ def naive_moe(layer: MoE, x_TD: Tensor, previous_TN: Tensor, policy: str) -> Ten
 @pytest.mark.parametrize("residual", [False, True])
 def test_layer_equals_a_loop_over_tokens_and_experts(policy: str, residual: bool) -> None:
     """Outputs and every gradient, for each weight policy, with and without the gating residual."""
-    scorer_config = {"kind": "linear", "gating_residual": residual}
+    scorer_config = {"kind": "linear", "gating_residual": "prev_layer" if residual else "none"}
     layer = moe_layer(scorer=scorer_config, weights={"kind": policy})
     router = layer.routers[0]
     generator = torch.Generator().manual_seed(3)
@@ -275,7 +276,7 @@ def test_accumulation_changes_nothing(routed: bool, scope: str) -> None:
             for key, value in sums.items():
                 got = result.ledger.statistics[site][key]
                 # Sums of fractions depend on the order of their terms, counts do not.
-                real = key in ("prob_sums", "entropy", "logsumexp_squares")
+                real = key in ("prob_sums", "entropy", "logsumexp_squares", "gates")
                 tolerance = 1e-9 if real else 0.0
                 torch.testing.assert_close(got, value, rtol=tolerance, atol=0)
         assert len(gradients) == len(first_gradients)

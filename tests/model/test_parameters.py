@@ -24,7 +24,7 @@ def test_roles_of_every_kind_of_parameter() -> None:
         "layers.1.ffn.experts.zero.mix": Role.ROUTER,
         "layers.1.ffn.experts.zero.constants": Role.BIAS,
         "layers.1.attention_norm.weight": Role.NORM_IN,
-        "depth_routers.0.score.weight": Role.ROUTER,
+        "depth_routers.0.scorers.0.weight": Role.ROUTER,
     }
     assert {name: roles[name] for name in expected} == expected
 

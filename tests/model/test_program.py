@@ -2,8 +2,8 @@
 
 import pytest
 
-from moebius.model.program import build_program, kept_tokens
-from moebius.model.recursion.config import DepthConfig, DepthRouterConfig, Sharing
+from moebius.model.program import FINAL_STEP, build_program, kept_tokens
+from moebius.model.recursion.config import DepthConfig, ExpertChoiceConfig, Sharing
 from tests.model.helpers import build
 
 
@@ -51,11 +51,12 @@ def test_the_number_of_recursions_adds_no_layer(num_recursions: int) -> None:
 
 def test_default_capacities_fall_linearly() -> None:
     depth = DepthConfig(
-        num_layers=8, sharing="middle_cycle", num_recursions=3, router=DepthRouterConfig()
+        num_layers=8, sharing="middle_cycle", num_recursions=3, router=ExpertChoiceConfig()
     )
     segments = build_program(depth).segments
-    assert segments[1].capacities == (1.0, 2 / 3, 1 / 3)
-    assert segments[0].capacities == segments[2].capacities == (1.0,)
+    for step in (0, FINAL_STEP):
+        assert segments[1].shares(step) == (1.0, 2 / 3, 1 / 3)
+        assert segments[0].shares(step) == segments[2].shares(step) == (1.0,)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,22 @@
 """Routing over depth against a per-token reference, its limits, and what it may see."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.model.context import Carry, DepthContext, Mode, StepContext, TokenContext
+from moebius.model.carry import Carry
+from moebius.model.context import DepthContext, Mode, StepContext, TokenContext
 from moebius.model.executor import LocalExecutor, TokenBatch
 from moebius.model.ledger import Ledger
 from moebius.model.program import Visit
+from moebius.model.recursion.expert_choice import ExpertChoice
+from moebius.model.recursion.routing import LoopState, Selection
 from tests.model.helpers import batch_of, build, hidden, random_batch, scale_parameters
 
 DENSE = {"kind": "dense", "intermediate_size": 48}
@@ -33,6 +39,13 @@ def lively(executor: LocalExecutor) -> LocalExecutor:
     scale_parameters(executor, "depth_routers", 30.0)
     scale_parameters(executor, "embedding", 20.0)
     return executor
+
+
+def loop_router(executor: LocalExecutor) -> ExpertChoice:
+    """The routing of the model's one loop."""
+    (routing,) = executor.decoder.depth_routers
+    assert isinstance(routing, ExpertChoice)
+    return routing
 
 
 def reference(executor: LocalExecutor, batch: TokenBatch, mode: Mode) -> Tensor:
@@ -79,8 +92,8 @@ def reference(executor: LocalExecutor, batch: TokenBatch, mode: Mode) -> Tensor:
         everyone = list(range(length))
         x = run(x, everyone, ["0"])
         survivors = everyone
-        for number, router in enumerate(decoder.depth_routers):
-            logits = {t: float(router.score.weight[0] @ x[0, t]) for t in survivors}
+        for number, scorer in enumerate(loop_router(executor).scorers):
+            logits = {t: float(scorer.weight[0] @ x[0, t]) for t in survivors}
             if mode == "topk":
                 capacity = (depth.num_recursions - number) / depth.num_recursions
                 k = max(1, int(capacity * length + 1e-9))
@@ -123,23 +136,31 @@ def test_executor_equals_the_per_token_reference(mode: Mode, gating: str, ffn: s
     selected = [
         int(sums["selected"])
         for site, sums in sorted(ledger.statistics.items())
-        if site.module == "depth"
+        if site.module == "depth.0"
     ]
     assert 3 * 12 >= selected[0] > selected[-1] > 0, "the comparison must drop tokens"
 
 
+@contextmanager
+def admissions(executor: LocalExecutor) -> Iterator[list[tuple[LoopState, Selection]]]:
+    """The state that every decision was made on and the decision, caught on its way out."""
+    routing, caught = loop_router(executor), []
+    admit = routing.admit
+
+    def admit_and_keep(state: LoopState, *args: Any) -> tuple[LoopState, Selection]:
+        after, chosen = admit(state, *args)
+        caught.append((state, chosen))
+        return after, chosen
+
+    with patch.object(routing, "admit", admit_and_keep):
+        yield caught
+
+
 def selections(executor: LocalExecutor, batch: TokenBatch, mode: Mode) -> list[Tensor]:
-    """The index of every depth, caught on its way out of the routers."""
-    caught: list[Tensor] = []
-    hooks = [
-        router.register_forward_hook(lambda _, __, out: caught.append(out[1].index_BK))
-        for router in executor.decoder.depth_routers
-    ]
-    with torch.no_grad():
+    """The index of every depth."""
+    with torch.no_grad(), admissions(executor) as caught:
         hidden(executor, batch, mode)
-    for hook in hooks:
-        hook.remove()
-    return caught
+    return [chosen.index_BK for _, chosen in caught]
 
 
 @pytest.mark.parametrize("mode", ["topk", "threshold"])
@@ -255,7 +276,7 @@ def test_threshold_mode_survives_a_depth_that_nobody_enters() -> None:
     executor = build(torch.float64, depth=routed())
     with torch.no_grad():
         executor.decoder.embedding.weight.abs_()
-        executor.decoder.get_parameter("depth_routers.0.score.weight").fill_(-1.0)
+        executor.decoder.get_parameter("depth_routers.0.scorers.0.weight").fill_(-1.0)
         for name, parameter in executor.decoder.named_parameters():
             if name.startswith("layers.0"):
                 parameter.zero_()
@@ -299,24 +320,16 @@ def test_auxiliary_loss_teaches_the_threshold_to_select_like_topk() -> None:
 def test_auxiliary_loss_is_the_cross_entropy_over_the_candidates() -> None:
     """Mean over rows and candidates of each depth, summed over depths, times the coefficient."""
     executor = lively(build(torch.float64, depth=routed(causal={"coefficient": 0.5})))
-    caught: list[tuple[Tensor, Tensor]] = []
-    hooks = [
-        router.register_forward_hook(lambda _, args, out: caught.append((args, out[1].index_BK)))
-        for router in executor.decoder.depth_routers
-    ]
     ledger = Ledger(share=0.25)
-    executor.hidden(random_batch(2, 9), StepContext("topk", ledger))
-    for hook in hooks:
-        hook.remove()
+    with admissions(executor) as caught:
+        executor.hidden(random_batch(2, 9), StepContext("topk", ledger))
     total = 0.0
-    for router, ((x_BSD, candidates, *_), index) in zip(
-        executor.decoder.depth_routers, caught, strict=True
-    ):
+    for scorer, (state, chosen) in zip(loop_router(executor).scorers, caught, strict=True):
         terms = []
         for b in range(2):
-            for t in candidates[b].tolist():
-                logit = router.score.weight[0] @ x_BSD[b, t]
-                target = float(t in index[b].tolist())
+            for t in state.active_BK[b].tolist():
+                logit = scorer.weight[0] @ state.stream_BSD[b, t]
+                target = float(t in chosen.index_BK[b].tolist())
                 # log p and log (1 - p), exact also where p rounds to 1
                 log_p, log_q = F.logsigmoid(logit), F.logsigmoid(-logit)
                 terms.append(-(target * log_p + (1 - target) * log_q))

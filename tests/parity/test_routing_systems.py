@@ -132,7 +132,7 @@ def assert_same(got: Trained, expected: Trained) -> None:
         for site, sums in b_ledger.statistics.items():
             for name, value in sums.items():
                 got_value = a_ledger.statistics[site][name]
-                if name in ("prob_sums", "entropy", "logsumexp_squares"):
+                if name in ("prob_sums", "entropy", "logsumexp_squares", "gates"):
                     torch.testing.assert_close(got_value, value, rtol=1e-6, atol=1e-9)
                 else:
                     assert torch.equal(got_value, value), (site, name)

@@ -16,7 +16,7 @@ import pytest
 
 from moebius.data.config import DataConfig
 from moebius.data.manifest import Manifest
-from moebius.model.cost import forward_flops, visit_costs
+from moebius.model.cost import forward_flops, planned_work, visit_costs
 from moebius.model.decoder import Decoder
 from moebius.trainer.config import RunConfig
 from moebius.trainer.config_file import load_config
@@ -138,10 +138,13 @@ def test_describe_prints_the_program_with_its_totals(config_path: Path) -> None:
     assert {row[5] for row in cells} == {"2 of 4+4"}
     assert [row[6] for row in cells].count("shared") == 2
     decoder = Decoder(load_config(config_path).model)
-    costs = visit_costs(decoder, 1, 32)
-    flops = [f"{cost.flops / cost.length / 1e6:,.2f}" for cost in costs]
+    work = planned_work(decoder, 1, 32)
+    costs = visit_costs(decoder, work)
+    flops = [f"{cost.flops / cost.extent.tokens / 1e6:,.2f}" for cost in costs]
     assert [row[7] for row in cells] == flops
-    assert f"forward FLOPs per token: {forward_flops(decoder, 1, 32) / 32:,.0f}," in result.stdout
+    forward, ffn = forward_flops(decoder, work) / 32, sum(cost.ffn for cost in costs) / 32
+    totals = f"{forward:,.0f} ({ffn:,.0f} in feed-forwards), with backward {3 * forward:,.0f}"
+    assert f"forward FLOPs per token: {totals}" in result.stdout.splitlines()
     layers = sum(int(row[6].replace(",", "")) for row in cells if row[6] != "shared")
     total = int(re.search(r"parameters: ([\d,]+)", result.stdout)[1].replace(",", ""))  # type: ignore[index]
     outside_layers = 512 * 32 + 32 + 2 * 32  # embedding, final norm, depth routers

@@ -290,7 +290,7 @@ def schema() -> dict[str, Any]:
 
 def test_schema_describes_every_option(schema: dict[str, Any]) -> None:
     """Editors get names, choices and help from the same source as the checks."""
-    router = schema["$defs"]["DepthRouterConfig"]["properties"]
+    router = schema["$defs"]["ExpertChoiceConfig"]["properties"]
     assert router["gating"]["enum"] == ["weighted", "additive"]
     for name, node in schema["$defs"].items():
         assert node.get("description"), f"{name} has no help"

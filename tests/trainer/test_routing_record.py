@@ -144,10 +144,10 @@ def test_routers_replay_the_record_that_each_names(run_tree: dict[str, Any]) -> 
     tables = {}
     for expert, path in enumerate("ab"):
         sites = [
-            router.place.site(router.sublayer, depth)
+            site
             for router in decoder.modules()
             if isinstance(router, Router)
-            for depth in range(1, router.place.num_depths + 1)
+            for site in router.sites
         ]
         ids = {str(site): torch.full((2, 16, 1), expert) for site in sites}
         tables[path] = RoutingTable(torch.arange(2), ids)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moebius.model.carry import Carry
 from moebius.model.config import AttentionConfig, DenseConfig, ModelConfig
-from moebius.model.context import Carry, DepthContext, StepContext, TokenContext
+from moebius.model.context import DepthContext, StepContext, TokenContext
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor, StepResult, TokenBatch
 from moebius.model.ledger import Ledger
@@ -19,7 +20,7 @@ from moebius.model.moe.pool import ExpertKind, PoolShape
 from moebius.model.moe.router import Routed, Router
 from moebius.model.moe.routing import RouteContext, Routing, Scores
 from moebius.model.parameters import initialize
-from moebius.model.program import LayerPlace, Site, Visit
+from moebius.model.program import Site, Visit
 from moebius.model.recursion.config import DepthConfig
 from moebius.model.rules import MODEL_RULES
 
@@ -114,9 +115,8 @@ def make_router(
         depth=DepthConfig(num_layers=1),
         init_std=0.1,
     )
-    predecessors = {} if predecessor is None else {"ffn": predecessor}
-    place = LayerPlace("0", 0, 1, depths, predecessors)
-    router = Router(model, RouterConfig.model_validate(config), pool, place, "ffn")
+    sites = tuple(Site(SITE.module, number + 1) for number in range(depths))
+    router = Router(model, RouterConfig.model_validate(config), pool, "ffn", sites, predecessor)
     initialize(router, 0)
     if hidden_size is None:
         with torch.no_grad():
@@ -155,7 +155,7 @@ def visit(
     ledger: Ledger | None = None,
     **step: Any,
 ) -> Visited:
-    """Call a router once."""
+    """Call a router once, at one of its sites."""
     ledger = Ledger() if ledger is None else ledger
     context = DepthContext(
         Visit("0", depth, depth - 1),
@@ -163,7 +163,8 @@ def visit(
         StepContext("topk", ledger, **step),
         nn.ModuleDict() if shared is None else shared,
     )
-    return Visited(router(x_BSD, carry or Carry(), context), ledger)
+    site = next(site for site in router.sites if site.depth == depth)
+    return Visited(router(x_BSD, carry or Carry(), context, site), ledger)
 
 
 def build_model(dtype: torch.dtype = torch.float64, scale: float = 1.0, **tree: Any) -> Decoder:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.model.attention import Attention
+from moebius.model.carry import Carry
 from moebius.model.config import AttentionConfig
-from moebius.model.context import Carry, DepthContext, StepContext, TokenContext
+from moebius.model.context import DepthContext, StepContext, TokenContext
 from moebius.model.decoder import Decoder
 from moebius.model.ffn import SwiGLU
 from moebius.model.ledger import Ledger
@@ -21,7 +22,7 @@ from moebius.model.moe.layer import MoE
 from moebius.model.moe.pool import PoolShape
 from moebius.model.moe.slicing import slice_dense
 from moebius.model.parameters import initialize
-from moebius.model.program import Visit
+from moebius.model.program import LayerPlace, Visit
 from tests.model.moe.rig import (
     Step,
     build_model,
@@ -163,10 +164,11 @@ def test_soft_attention_is_the_weighted_sum_of_attentions(kv: str) -> None:
     ctx = DepthContext(Visit("0", 1, 0), tokens, StepContext("topk", Ledger()))
     x_BSD = normal(2, 10, 16)
     y_BSD, _ = layer(x_BSD, Carry(), ctx)
-    gates_BSN = (x_BSD @ layer.router.scorer.weight.T).softmax(dim=-1)
+    gates_BSN = (x_BSD @ layer.routers[0].scorer.weight.T).softmax(dim=-1)
     expected = torch.zeros_like(x_BSD)
+    place = LayerPlace("0", 0, 2, 1, {})
     for expert in range(3):
-        one = Attention(16, AttentionConfig.model_validate(ATTENTION), 0.1).double()
+        one = Attention(decoder.config, AttentionConfig.model_validate(ATTENTION), place).double()
         own = slice(8 * expert, 8 * expert + 8) if kv == "per_expert" else slice(None)
         with torch.no_grad():
             one.q.weight.copy_(layer.q[expert])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moebius.errors import DataError
-from moebius.model.context import Carry, TokenContext
+from moebius.model.carry import Carry
+from moebius.model.context import TokenContext
 from moebius.model.decoder import Decoder
 from moebius.model.moe.replay import RoutingTable
 from moebius.model.moe.router import Router

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moebius.model.decoder import Decoder
 from moebius.model.moe.experts import ExpertPool
 from moebius.model.moe.router import Router
-from moebius.model.recursion.router import DepthRouter
+from moebius.model.recursion.expert_choice import ExpertChoice
 from tests.model.moe.rig import Step, build_model, gradients, in_parts, random_tokens
 
 EXPERTS = [
@@ -167,7 +167,8 @@ def test_remembered_load_matters() -> None:
 def test_steps_are_routed_over_depth() -> None:
     """Oracle 18: half of the tokens reach the second depth of the model these tests use."""
     decoder = routed_model([])
-    assert sum(isinstance(module, DepthRouter) for module in decoder.modules()) == 2
+    loops = [module for module in decoder.modules() if isinstance(module, ExpertChoice)]
+    assert [len(loop.scorers) for loop in loops] == [2]
     statistics = gradients(decoder, [random_tokens(4, 16)]).result.ledger.statistics
     tokens = {
         (s.module, s.depth): float(v["tokens"]) for s, v in statistics.items() if "tokens" in v

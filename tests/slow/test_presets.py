@@ -1,4 +1,4 @@
-"""Every preset of configs/routing trains on real text, uses its experts, and resumes exactly."""
+"""Every preset of both routings trains on real text, uses what it routes to, and resumes exactly."""
 
 import shutil
 from pathlib import Path
@@ -22,24 +22,30 @@ from moebius.trainer.loop import train
 from moebius.trainer.run import Run
 from tests.trainer.helpers import REPOSITORY, logged
 
-PRESETS = sorted(path.stem for path in (REPOSITORY / "configs" / "routing").glob("*.yaml"))
-RECORDED = "duo_llm_random"
+CONFIGS = REPOSITORY / "configs"
+PRESETS = sorted(
+    str(path.relative_to(CONFIGS).with_suffix(""))
+    for routing in ("routing", "recursion")
+    for path in (CONFIGS / routing).glob("*.yaml")
+)
+RECORDED = "routing/duo_llm_random"
 """whose decisions duo_llm_replay repeats"""
 
 
 class LastLoad(Callback):
-    """Keeps the assignments per expert of the last steps."""
+    """Keeps, of the last steps, the assignments per expert and the selections per position."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Tensor] = {}
+        self.places: dict[str, Tensor] = {}
 
     def on_step_end(self, run: Run, report: StepReport) -> None:
         if run.step <= run.config.train.num_steps - 5:
             return
         for site, sums in report.ledger.statistics.items():
-            if "expert_tokens" in sums:
-                old = self.counts.get(str(site), torch.zeros_like(sums["expert_tokens"]))
-                self.counts[str(site)] = old + sums["expert_tokens"]
+            for name, kept in (("expert_tokens", self.counts), ("places", self.places)):
+                if name in sums:
+                    kept[str(site)] = kept.get(str(site), 0) + sums[name]
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +56,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def corpus(folder: Path) -> Manifest:
     """The quickstart's corpus."""
-    return prepare(preset("small", folder).data, 4096, lambda line: None)
+    return prepare(preset("routing/small", folder).data, 4096, lambda line: None)
 
 
 def preset(name: str, folder: Path) -> RunConfig:
     """A preset with its run and its corpus in a folder of the test's."""
     overrides = [f"run_dir={folder / name}", f"data.dir={folder / 'data'}"]
-    if name == "duo_llm_replay":
+    if name == "routing/duo_llm_replay":
         overrides.append(f"model.ffn.router.selector.path={folder / RECORDED / 'routing'}")
-    return load_config(REPOSITORY / "configs" / "routing" / f"{name}.yaml", overrides)
+    return load_config(CONFIGS / f"{name}.yaml", overrides)
 
 
 def run_to_the_end(config: RunConfig, manifest: Manifest) -> tuple[Run, LastLoad]:
@@ -73,7 +79,7 @@ def run_to_the_end(config: RunConfig, manifest: Manifest) -> tuple[Run, LastLoad
         load,
     ]
     run = Run(config, manifest, callbacks)
-    run.folder.mkdir(exist_ok=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
     run.resume()
     train(run)
     return run, load
@@ -83,7 +89,7 @@ def run_to_the_end(config: RunConfig, manifest: Manifest) -> tuple[Run, LastLoad
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_learns_spreads_load_and_resumes(name: str, folder: Path, corpus: Manifest) -> None:
     """50 steps; then the second half again from the checkpoint in the middle."""
-    if name == "duo_llm_replay":
+    if name == "routing/duo_llm_replay":
         run_to_the_end(preset(RECORDED, folder), corpus)
     config = preset(name, folder)
     whole, load = run_to_the_end(config, corpus)
@@ -100,6 +106,11 @@ def test_preset_learns_spreads_load_and_resumes(name: str, folder: Path, corpus:
         print(f"{name} {site}: {effective:.1f} of {len(counts)} experts")
         assert effective >= max(1.5, len(counts) / 4), site
         assert float((counts == 0).float().mean()) <= 0.25, site
+
+    for site, counts in load.places.items():
+        never = float((counts == 0).float().mean())
+        print(f"{name} {site}: {never:.0%} of the positions never selected")
+        assert never <= 0.25, site
 
     shutil.rmtree(whole.folder / "checkpoints" / "step-00000050")
     resumed, _ = run_to_the_end(config, corpus)
