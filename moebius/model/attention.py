@@ -1,6 +1,7 @@
 """Grouped-query attention, causal inside documents."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,11 +60,12 @@ class Attention(ParameterModule):
             return self.out.at(mixed_BSHC.flatten(2), ctx), keys, k_BSGC, v_BSGC
 
         y_BSD, keys, k_BSGC, v_BSGC = ctx.step.run(compute, x_BSD)
+        after = carry  # `carry` itself is read again where `compute` is
         if keys is not None:
-            carry = replace(carry, row_keys={**carry.row_keys, ctx.visit.layer: keys})
+            after = replace(after, row_keys={**after.row_keys, ctx.visit.layer: keys})
         if deep is not None:
-            carry = ctx.by_visit(with_values, carry, k_BSGC, v_BSGC, deep)
-        return y_BSD, carry
+            after = ctx.by_visit(partial(with_values, config=deep), after, k_BSGC, v_BSGC)
+        return y_BSD, after
 
     def flops(self, extent: Extent, visit: Visit) -> int:
         """Forward FLOPs of a visit: projections, and products with all keys of the mask."""

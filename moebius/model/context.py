@@ -44,6 +44,9 @@ class TokenContext:
     """slots of the full row"""
     valid_BS: Tensor | None = None
     """false for empty slots; None: every slot holds a token"""
+    expected: float | None = None
+    """tokens that the schedule foresees, where their number depends on the data: losses of routers
+    inside are then sums over tokens divided by this, or they would depend on how a batch is cut"""
     row: TokenContext | None = None
     """the full rows that tokens were taken from; None: these are the full rows"""
     slots_B: Tensor | None = None
@@ -63,7 +66,7 @@ class TokenContext:
         place = torch.arange(length, device=segment_ids_BS.device).expand_as(segment_ids_BS)
         return cls(segment_ids_BS, cos_BSC, sin_BSC, sample_ids_B, place, length, slots_B=slots_B)
 
-    def take(self, index_BK: Tensor) -> TokenContext:
+    def take(self, index_BK: Tensor, expected: float | None = None) -> TokenContext:
         """The context of the tokens at `index` of full rows (ascending, -1 for an empty slot)."""
         return TokenContext(
             segment_ids_BS=self.segment_ids_BS.gather(1, index_BK.clamp(min=0)),
@@ -73,6 +76,7 @@ class TokenContext:
             place_BS=index_BK,
             row_length=self.row_length,
             valid_BS=index_BK >= 0,
+            expected=expected,
             row=self,
             slots_B=self.slots_B,
         )

@@ -213,7 +213,11 @@ class LocalExecutor:
             index_BK = chosen.index_BK
             inner_BKD = take_rows(state.inner_BSD, index_BK)
             outer_BKD, inner_carry = self._pass(
-                inner_BKD, carry.take(index_BK), tokens.take(index_BK), visits, step
+                inner_BKD,
+                carry.take(index_BK),
+                tokens.take(index_BK, chosen.expected),
+                visits,
+                step,
             )
             state = routing.absorb(state, chosen, inner_BKD, outer_BKD, visits[0].depth)
             carry = carry.put(index_BK, inner_carry, length)

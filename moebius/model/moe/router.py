@@ -121,10 +121,14 @@ class Router(ParameterModule):
             weights_TK = self._weights(scores, ids_TK)
             chosen = Routing(ids_TK, weights_TK, scores.probs_TN, logits_TN)
             seen = self._observe(chosen, route)
+            # Losses are means over the tokens that are there, or that are expected to be.
+            part: Tensor | float = 1.0
+            if ctx.tokens.expected is not None:
+                part = route.valid_T.sum() / ctx.tokens.expected
             losses = tuple(
                 (
                     loss.kind,
-                    loss.value(seen),
+                    loss.value(seen) * part,
                     loss.unit_coefficient(self.pool, ids_TK.shape[1]),
                 )
                 for loss in self.config.losses

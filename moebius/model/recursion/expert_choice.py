@@ -89,7 +89,10 @@ class ExpertChoice(DepthRouting):
             places=scatter_counts(index_BK, ctx.tokens.row_length),
         )
         state = replace(state, stream_BSD=x_BSD, inner_BSD=x_BSD, active_BK=index_BK)
-        return state, Selection(index_BK, gate_BK)
+        expected = None
+        if self.config.scope == "document":
+            expected = share * ctx.tokens.place_BS.numel()
+        return state, Selection(index_BK, gate_BK, expected)
 
     def absorb(
         self, state: LoopState, chosen: Selection, inner: Tensor, outer: Tensor, depth: int

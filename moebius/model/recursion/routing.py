@@ -25,6 +25,8 @@ class Selection:
     """positions in the full row, ascending, int64, -1 for an empty slot"""
     gate_BK: Tensor
     """factor on the pass's result, fp32"""
+    expected: float | None = None
+    """where how many tokens there are depends on the data: how many the schedule foresees"""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ class TokenChoice(DepthRouting):
             places=scatter_counts(index_BK, ctx.tokens.row_length),
         )
         gate_BK = state.gate_BS.gather(1, index_BK.clamp(min=0))
-        return replace(state, active_BK=index_BK), Selection(index_BK, gate_BK)
+        expected = share * state.stream_BSD[..., 0].numel()
+        return replace(state, active_BK=index_BK), Selection(index_BK, gate_BK, expected)
 
     def absorb(
         self, state: LoopState, chosen: Selection, inner: Tensor, outer: Tensor, depth: int

@@ -177,10 +177,12 @@ class NaiveLayers:
         deep = self.config.attention.depth_attention
         steps = []
         for other, old_k, old_v in past:
-            near = visit.index - other.index < deep.window
-            if deep.scope == "all" or (deep.scope == "window" and near):
-                steps.append((old_k, old_v))
-            elif deep.scope == "recursions" and other.layer == visit.layer:
+            reach = {
+                "all": True,
+                "window": visit.index - other.index < deep.window,
+                "recursions": other.layer == visit.layer,
+            }
+            if reach[deep.scope]:
                 steps.append((old_k, old_v))
         steps.append((k, v))
         size = len(q) // len(k)
@@ -217,9 +219,9 @@ class NaiveLayers:
         probs = torch.stack(softmax(list(logits)))
         total = torch.zeros_like(x)
         for e in sorted(range(len(probs)), key=lambda e: -float(probs[e]))[:2]:
-            gate, up = (self.w[f"{prefix}.experts.ffn.gate_up"][e] @ x).chunk(2)
+            gate, up = (self.w[f"{prefix}.experts.groups.0.gate_up"][e] @ x).chunk(2)
             inner = gate * gate.sigmoid() * up
-            total = total + probs[e] * (self.w[f"{prefix}.experts.ffn.down"][e] @ inner)
+            total = total + probs[e] * (self.w[f"{prefix}.experts.groups.0.down"][e] @ inner)
         return total
 
     def bdh(self, visit: Visit, x: Stream, row: Row) -> Stream:

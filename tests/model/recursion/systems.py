@@ -243,8 +243,11 @@ def packed(tokens_BS: Tensor, segment_ids_BS: Tensor) -> TokenBatch:
 
 
 def documents(rows: int = 4, length: int = 16, seed: int = 0, share: float = 0.15) -> TokenBatch:
-    """Random tokens in rows of several documents; about `share` of them begin one."""
+    """Random tokens in rows of several documents; about `share` of them begin one.
+
+    A token is in a row once: two of the same at the beginning of a document would have one score.
+    """
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, VOCABULARY, (rows, length), generator=generator)
+    tokens = torch.rand(rows, VOCABULARY, generator=generator).argsort(dim=1)[:, :length]
     begins = torch.rand(rows, length, generator=generator) < share
     return packed(tokens, begins.cumsum(dim=1))
