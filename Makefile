@@ -11,7 +11,7 @@ quickstart: $(VENV)/.installed  ## train a small model on the standard library a
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
 	$(BIN)/pytest
 
-test-slow: $(VENV)/.installed-dev  ## the quickstart in a fresh clone, and every preset of configs/routing
+test-slow: $(VENV)/.installed-dev  ## the quickstart in a fresh clone, and every preset of both routings
 	$(BIN)/pytest -m slow -s
 
 lint: $(VENV)/.installed-dev  ## format, lint, types

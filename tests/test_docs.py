@@ -35,10 +35,11 @@ def test_named_tests_exist(document: Path) -> None:
         assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
 
 
-def test_every_routing_preset_is_in_its_document() -> None:
-    text = (ROOT / "docs" / "routing.md").read_text()
-    for path in (ROOT / "configs" / "routing").glob("*.yaml"):
-        assert f"(../configs/routing/{path.name})" in text, path
+@pytest.mark.parametrize("routing", ["routing", "recursion"])
+def test_every_preset_is_in_its_document(routing: str) -> None:
+    text = (ROOT / "docs" / f"{routing}.md").read_text()
+    for path in (ROOT / "configs" / routing).glob("*.yaml"):
+        assert f"(../configs/{routing}/{path.name})" in text, path
 
 
 def test_tests_named_without_their_folder_exist() -> None:
