@@ -205,7 +205,7 @@ class LocalExecutor:
         routing = cast(DepthRouting, self.decoder.depth_routers[segment.number])
         length = x_BSD.shape[1]
         context = DepthContext(segment.passes[0][0], tokens, step, self.decoder.shared)
-        state = routing.begin(x_BSD, context, len(segment.passes))
+        state = routing.begin(x_BSD, context, segment.num_passes)
         shares = segment.shares(step.step)
         for share, visits in zip(shares, segment.passes, strict=True):
             step.ledger.work.add_candidates(segment.site(visits[0].depth), state.active_BK.numel())

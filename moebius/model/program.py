@@ -81,6 +81,8 @@ class Segment:
     """
 
     passes: tuple[tuple[Visit, ...], ...]
+    num_passes: int
+    """of the whole loop; `passes` are fewer in a program that ends early"""
     router: ExpertChoiceConfig | TokenChoiceConfig | None = None
     number: int = 0
     """among the routed segments of the program"""
@@ -94,7 +96,7 @@ class Segment:
         that of a balanced choice."""
         if self.router is None:
             return (1.0,) * len(self.passes)
-        return self.router.shares(len(self.passes), step)
+        return self.router.shares(self.num_passes, step)[: len(self.passes)]
 
 
 FINAL_STEP = sys.maxsize
@@ -123,14 +125,18 @@ class Program:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """After how many visits the stream of all tokens is whole, so that a head can read it: in
-        a routed loop only between passes."""
-        counts, done = [], 0
+        """After how many visits the stream of all tokens is whole, so that a head can read it.
+
+        In a routed loop that is between passes; where tokens choose their number of passes, which
+        only then reach the stream, behind the loop.
+        """
+        counts: list[int] = []
         for segment in self.segments:
-            for visits in segment.passes:
-                inner = [] if segment.router else range(done + 1, done + len(visits))
-                done += len(visits)
-                counts += [*inner, done]
+            if segment.router is None:
+                counts += [visit.index + 1 for visits in segment.passes for visit in visits]
+                continue
+            ends = [visits[-1].index + 1 for visits in segment.passes]
+            counts += ends[-1:] if segment.router.kind == "token_choice" else ends
         return tuple(counts)
 
     def until(self, num_visits: int) -> Program:
@@ -143,7 +149,7 @@ class Program:
             if len(whole) < len(segment.passes):
                 # The passes of a segment are equally long, so a part of one stands by itself.
                 part = tuple(v for v in segment.passes[len(whole)] if v.index < num_visits)
-                segments += [Segment((part,))] if part else []
+                segments += [Segment((part,), num_passes=1)] if part else []
                 break
         return Program(tuple(segments))
 
@@ -174,7 +180,8 @@ def build_program(depth: DepthConfig) -> Program:
             passes.append(tuple(visits))
             index += len(layers)
         is_routed = depth.router is not None and layers[0] in body
-        segments.append(Segment(tuple(passes), depth.router if is_routed else None, number))
+        router = depth.router if is_routed else None
+        segments.append(Segment(tuple(passes), times, router, number))
         number += is_routed
     return Program(tuple(segments))
 

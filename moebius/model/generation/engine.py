@@ -226,7 +226,7 @@ class DepthBatchedGenerator:
         routing = self._routing(segment)
         if visit.depth == 1:
             x_BSD = torch.cat([traveller.x_11D for traveller in group])
-            state = routing.begin(x_BSD, context, len(segment.passes))
+            state = routing.begin(x_BSD, context, segment.num_passes)
         else:
             state = LoopState.join([t.state for t in group if t.state is not None])
         share = segment.shares(step.step)[visit.depth - 1]

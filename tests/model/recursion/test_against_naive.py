@@ -224,7 +224,9 @@ def test_hidden_states_losses_and_gradients(name: str) -> None:
         found = naive.w[parameter].grad
         found = torch.zeros_like(naive.w[parameter]) if found is None else found
         gradient = torch.zeros_like(found) if gradient is None else gradient
-        torch.testing.assert_close(found, gradient, rtol=1e-7, atol=1e-9, msg=parameter)
+        torch.testing.assert_close(
+            found, gradient, rtol=1e-7, atol=1e-9, msg=lambda text, p=parameter: f"{p}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name]["depth"].get("router")])
