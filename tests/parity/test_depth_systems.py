@@ -31,21 +31,6 @@ SEED = 7
 """draws the last exit in the first of the two steps and another in the second"""
 
 
-MEAN = "losses of width routers are means over the tokens of a micro-batch that are present"
-BROKEN = {
-    "depth attention window": "recomputation reads the carry that the visit left",
-    "moe token losses": MEAN,
-    "moe document losses": MEAN,
-    "mixture token losses": MEAN,
-}
-
-
-def marked(name: str) -> Any:
-    """The name as a test's parameter, with the known defect of that system."""
-    marks = pytest.mark.xfail(reason=BROKEN[name], strict=True) if name in BROKEN else ()
-    return pytest.param(name, marks=marks)
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Products this small take longer on several."""
@@ -140,7 +125,7 @@ def assert_exercised(decoder: Decoder, left: Left) -> None:
             assert int(sums["selected" if "selected" in sums else "tokens"]) > 0, site
 
 
-@pytest.mark.parametrize("name", [marked(name) for name in SYSTEMS])
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_cut_and_recomputation_change_nothing(name: str) -> None:
     """Losses, gradients, statistics, and parameters and controllers after two steps."""
     decoder = system(**SYSTEMS[name]).decoder

@@ -137,11 +137,15 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     },
     "exits token": {
         "depth": depth(3, router=token(BIAS, scope="global")),
-        "exits": {"after": [2, 3], "coefficient": 0.5},
+        "exits": {"after": [1, 4], "coefficient": 0.5},
     },
     "exits drawn": {
         "depth": depth(2, 2),
         "exits": {"after": [1, 3, 4], "draw": "step"},
+    },
+    "exits drawn expert": {
+        "depth": depth(3, 2, router=expert(capacities=[0.8, 0.6, 0.3])),
+        "exits": {"after": [1, 3, 5], "draw": "step"},
     },
     "depth attention": {"attention": deep("all"), "depth": depth(3, router=expert())},
     "depth attention window": {"attention": deep("window"), "depth": depth(3, router=token())},

@@ -206,7 +206,7 @@ def test_hidden_states_losses_and_gradients(name: str) -> None:
     hidden = naive.hidden(batch)
     step = StepContext("topk", Ledger(), STEP, SEED, training=True)
     with torch.no_grad():
-        exits = tuple(sorted(hidden))
+        exits = executor.program.exits
         got = executor.exit_hiddens(batch, StepContext("topk", Ledger(), STEP, SEED), exits)
     for number in exits:
         expected = torch.stack([torch.stack(row) for row in hidden[number]])
@@ -218,6 +218,8 @@ def test_hidden_states_losses_and_gradients(name: str) -> None:
     for key, value in losses.items():
         torch.testing.assert_close(result.ledger.losses[key], value.detach(), rtol=1e-7, atol=0)
     total = sum((losses | objective(naive, hidden, batch)).values())
+    # The load in the balance loss is counted in fp32.
+    atol = 1e-7 if "depth_switch" in losses else 1e-10
     names = list(naive.w)
     gradients = torch.autograd.grad(total, [naive.w[n] for n in names], allow_unused=True)
     for parameter, gradient in zip(names, gradients, strict=True):
@@ -225,7 +227,7 @@ def test_hidden_states_losses_and_gradients(name: str) -> None:
         found = torch.zeros_like(naive.w[parameter]) if found is None else found
         gradient = torch.zeros_like(found) if gradient is None else gradient
         torch.testing.assert_close(
-            found, gradient, rtol=1e-7, atol=1e-9, msg=lambda text, p=parameter: f"{p}: {text}"
+            found, gradient, rtol=1e-7, atol=atol, msg=lambda text, p=parameter: f"{p}: {text}"
         )
 
 
