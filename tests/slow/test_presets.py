@@ -1,4 +1,4 @@
-"""Every preset of both routings trains on real text, uses what it routes to, and resumes exactly."""
+"""Every preset of both routings trains on text, uses what it routes to, and resumes exactly."""
 
 import shutil
 from pathlib import Path
