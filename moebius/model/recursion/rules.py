@@ -62,10 +62,14 @@ def depth_router_rules(model: ModelConfig) -> Iterator[Problem]:
             f"routing over depth needs sharing cycle or middle_cycle, not {depth.sharing}: "
             "tokens can leave only between passes of one block",
         )
-    yield from _scorer_problems("depth.router.scorer", router.scorer)
+    scorers: dict[str, AnyScorer] = {"depth.router.scorer": router.scorer}
+    if isinstance(router, ExpertChoiceConfig) and isinstance(router.causal, CausalRouter):
+        scorers["depth.router.causal.scorer"] = router.causal.scorer
+    for path, scorer in scorers.items():
+        yield from _scorer_problems(path, scorer)
+        if scorer.jitter and isinstance(router, ExpertChoiceConfig):
+            yield Problem(f"{path}.jitter", f"{scorer.jitter}; expert choice takes none: use 0")
     if isinstance(router, ExpertChoiceConfig):
-        if isinstance(router.causal, CausalRouter):
-            yield from _scorer_problems("depth.router.causal.scorer", router.causal.scorer)
         yield from _capacity_problems(router, depth.num_recursions)
         if router.scope == "document" and router.multiple_of > 1:
             yield Problem(
@@ -81,14 +85,12 @@ def _scorer_problems(path: str, scorer: AnyScorer) -> Iterator[Problem]:
             f"{path}.gating_residual",
             f"{scorer.gating_residual}, but a depth router follows no other: use none",
         )
-    elif scorer.passes_state or scorer.kind == "none":
+    elif scorer.passes_state:
         yield Problem(
             f"{path}.kind", f"{scorer.kind} cannot score depths; allowed: linear, mlp, cosine"
         )
     if scorer.granularity != "token":
         yield Problem(f"{path}.granularity", f"{scorer.granularity}; depth is chosen by token")
-    if scorer.jitter and path.endswith("router.scorer"):
-        yield Problem(f"{path}.jitter", f"{scorer.jitter}; depth routers take none: use 0")
 
 
 def _capacity_problems(router: ExpertChoiceConfig, num_recursions: int) -> Iterator[Problem]:
