@@ -43,7 +43,7 @@ CASES = [
         "mor_token_3",
         ["depth.router.scorer={kind: none}"],
         "depth.router.scorer.kind",
-        "linear, mlp",
+        "none, but",
     ),
     (
         "mor_token_3",
