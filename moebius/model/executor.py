@@ -134,11 +134,6 @@ class LocalExecutor:
                 for number, h in hidden.items()
             }
 
-    def next_token_logits(self, batch: TokenBatch, step: StepContext) -> Tensor:
-        """Logits after the last token of each row, `[B, V]`."""
-        with self.autocast(batch.tokens_BS.device):
-            return self.decoder.logits(self.hidden(batch, step)[:, -1])
-
     def hidden(self, batch: TokenBatch, step: StepContext) -> Tensor:
         """The normalised final hidden states, `[B, S, D]`."""
         last = len(self.program.visits)

@@ -24,11 +24,6 @@ class Extent:
         tokens = num_rows * length
         return cls(tokens, tokens * length, tokens * row_length)
 
-    @classmethod
-    def full(cls, num_rows: int, length: int) -> Extent:
-        """Full rows."""
-        return cls.of(num_rows, length, length)
-
     def __add__(self, other: Extent) -> Extent:
         return Extent(
             self.tokens + other.tokens,

@@ -12,7 +12,7 @@ from moebius.model.config import ModelConfig
 from moebius.model.context import DepthContext
 from moebius.model.parameters import Linear, ParameterSpec, RMSNorm, Role
 from moebius.model.program import LayerPlace, Visit
-from moebius.model.recursion.config import AdapterConfig, DoraConfig, GainConfig, LoraConfig
+from moebius.model.recursion.config import AdapterConfig, DoraConfig, LowRankConfig
 
 
 class VisitLinear(Linear):
@@ -37,8 +37,8 @@ class VisitLinear(Linear):
         num_depths: int = 1,
     ) -> None:
         super().__init__(in_size, out_size, role, std)
-        self.adapter: LoraConfig | DoraConfig | None = None
-        if adapter is None or isinstance(adapter, GainConfig) or num_depths == 1:
+        self.adapter: LowRankConfig | None = None
+        if not isinstance(adapter, LowRankConfig) or num_depths == 1:
             return
         self.adapter = adapter
         spec = ParameterSpec(Role.ADAPTER, std=in_size**-0.5)

@@ -5,7 +5,6 @@ its schedules. Four rows at once must leave what four micro-batches of one row l
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,23 +20,16 @@ from moebius.model.objective import TeacherModel
 from moebius.model.parameters import Role, named_specs
 from moebius.model.program import Site
 from tests.model.helpers import rows_of
+from tests.model.recursion.conftest import one_thread
 from tests.model.recursion.systems import DENSE, SYSTEMS, depth, documents, expert, system
 
+__all__ = ["one_thread"]
 ROWS = 4
 STEPS = (20, 21)
 """where warm-ups are half done, and the second of which ends `full_depth_steps`"""
 RATE = 0.05
 SEED = 7
 """draws the last exit in the first of the two steps and another in the second"""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small take longer on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass

@@ -143,30 +143,28 @@ class TokenChoiceConfig(ConfigNode):
         )
 
 
-class LoraConfig(ConfigNode):
+class LowRankConfig(ConfigNode):
+    """`W + scale * B_r A_r` at pass r."""
+
+    rank: PositiveInt
+    """rows of A"""
+    scale: float = Field(1.0, gt=0)
+    """factor on the low-rank part"""
+    gains: bool = True
+    """also a vector per pass behind each norm, as kind `gain`; without, passes share their norms
+    as published, and a dense model is recovered only if its norms are alike"""
+
+
+class LoraConfig(LowRankConfig):
     """`W x + scale * B_r A_r x` in every linear map of a shared layer (arXiv 2410.20672)."""
 
     kind: Literal["lora"] = "lora"
-    rank: PositiveInt
-    """rows of A"""
-    scale: float = Field(1.0, gt=0)
-    """factor on the low-rank part"""
-    gains: bool = True
-    """also a vector per pass behind each norm, as kind `gain`; without, passes share their norms
-    as published, and a dense model is recovered only if its norms are alike"""
 
 
-class DoraConfig(ConfigNode):
+class DoraConfig(LowRankConfig):
     """`m_r * V / |V|` by output, `V = W + scale * B_r A_r` (DoRA, arXiv 2402.09353)."""
 
     kind: Literal["dora"] = "dora"
-    rank: PositiveInt
-    """rows of A"""
-    scale: float = Field(1.0, gt=0)
-    """factor on the low-rank part"""
-    gains: bool = True
-    """also a vector per pass behind each norm, as kind `gain`; without, passes share their norms
-    as published, and a dense model is recovered only if its norms are alike"""
 
 
 class GainConfig(ConfigNode):
