@@ -14,7 +14,7 @@ import yaml
 from moebius.data.manifest import Manifest
 from moebius.data.stream import SplitReader, TrainStream
 from moebius.data.tokenizer import load_tokenizer, token_bytes
-from moebius.errors import CheckpointError, DataError
+from moebius.errors import CheckpointError, DataError, MoebiusError
 from moebius.files import write_whole
 from moebius.model.config import ModelConfig
 from moebius.model.context import StepContext
@@ -151,7 +151,10 @@ def load_teacher(config: RunConfig, manifest: Manifest) -> tuple[TeacherModel | 
     node = config.distillation
     if node is None:
         return None, None
-    found = restore(Path(node.teacher), node.step, config.train.device)
+    try:
+        found = restore(Path(node.teacher), node.step, config.train.device)
+    except MoebiusError as error:
+        raise CheckpointError(f"distillation.teacher: {error}") from None
     if (
         found.manifest.tokenizer.sha256 != manifest.tokenizer.sha256
         or found.config.model.vocab_size != config.model.vocab_size

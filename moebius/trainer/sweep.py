@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moebius.data.batch import Batch
 from moebius.errors import ConfigError
-from moebius.model.config import DenseConfig, ModelConfig
+from moebius.model.config import ModelConfig
 from moebius.model.context import Mode, StepContext
 from moebius.model.cost import forward_flops
 from moebius.model.executor import LocalExecutor
@@ -65,8 +65,8 @@ def settings(
     if depth.num_recursions == 1:
         raise ConfigError("model.depth.num_recursions: 1, so there is no depth to sweep")
     chosen = recursions or range(1, depth.num_recursions + 1)
-    differs = depth.router is not None or depth.adapter is not None
-    if max(chosen) > depth.num_recursions and (differs or not isinstance(model.ffn, DenseConfig)):
+    differs = depth.router is not None or depth.adapter is not None or model.routers
+    if max(chosen) > depth.num_recursions and differs:
         raise ConfigError(
             f"--recursions: {max(chosen)}, but the passes of this model differ and it has "
             f"{depth.num_recursions}",

@@ -165,6 +165,17 @@ UNROLLED: dict[str, dict[str, Any]] = {
 }
 
 
+PREV_DEPTH = MOE | {
+    "router": MOE["router"] | {"scorer": {"kind": "linear", "gating_residual": "prev_depth"}}
+}
+RECURSIONS = {
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "depth_attention": {"scope": "recursions"},
+}
+
+
 def with_routers_per_depth(changes: dict[str, Any]) -> dict[str, Any]:
     ffn = copy.deepcopy(changes.get("ffn", DENSE))
     if ffn["kind"] == "moe":
@@ -224,7 +235,25 @@ def test_the_result_is_a_model_of_its_own() -> None:
         ({}, {"depth": {"num_layers": 6}}, "depth.num_layers"),
         ({"tie_embeddings": False}, {}, "tie_embeddings"),
         ({}, {"layer_norm_scaling": "unrolled"}, "layer_norm_scaling"),
-        ({"depth": depth("cycle", router={})}, {}, "depth.sharing"),
+        ({"depth": depth("cycle", router={})}, {}, "depth.router"),
+        ({"depth": depth("cycle", router={})}, {"depth": depth("cycle")}, "depth.router"),
+        (
+            {"depth": depth("cycle", router={})},
+            {"depth": depth("sequence", router={}, num_recursions=4)},
+            "depth.sharing",
+        ),
+        ({}, {"ffn": MOE}, "ffn"),
+        ({"ffn": MOE}, {"ffn": MOE | {"chain": {"iterations": 1}}}, "ffn"),
+        (
+            {"ffn": PREV_DEPTH, "depth": depth("cycle")},
+            {"ffn": PREV_DEPTH, "depth": depth("middle_cycle")},
+            "ffn.router.scorer.gating_residual",
+        ),
+        (
+            {"attention": RECURSIONS, "depth": depth("cycle")},
+            {"attention": RECURSIONS, "depth": depth("middle_cycle")},
+            "attention.depth_attention.scope",
+        ),
         ({"depth": depth("cycle", kv="shared_first")}, {}, "depth.sharing"),
         (
             {"depth": depth("cycle"), "layer_norm_scaling": "unique"},
@@ -241,6 +270,17 @@ def test_what_is_refused(source: dict[str, Any], target: dict[str, Any], path: s
         )
     )
     assert [problem.path for problem in problems] == [path]
+
+
+def test_gains_of_a_norm_that_was_zero() -> None:
+    """0 times a gain is 0, whatever the other layers have there."""
+    dense = trained(depth={"num_layers": 8})
+    with torch.no_grad():
+        dense.decoder.get_parameter("layers.0.attention_norm.weight")[0] = 0.0
+    adapter = {"kind": "lora", "rank": 48}
+    recursive = untrained(depth=depth("cycle", adapter=adapter))
+    convert(dense.decoder, recursive.decoder, "lower")
+    torch.testing.assert_close(logits(recursive), logits(dense), rtol=0, atol=1e-9)
 
 
 def test_another_feed_forward_is_named() -> None:

@@ -15,6 +15,7 @@ from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
 from moebius.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
 from moebius.trainer.cli import main
+from moebius.trainer.commands.generate import read_prompts
 from moebius.trainer.config import RunConfig
 from moebius.trainer.evaluation import evaluate
 from moebius.trainer.generation import Sampler, check_causal
@@ -81,7 +82,7 @@ def test_distillation_resumes_exactly_and_knows_its_teacher(
 
 def test_teachers_that_cannot_teach(run_tree: dict[str, Any], tmp_path: Path, dense: Path) -> None:
     manifest = read_manifest(Path(run_tree["data"]["dir"]))
-    with pytest.raises(CheckpointError, match="is no run folder"):
+    with pytest.raises(CheckpointError, match=r"distillation\.teacher: .* is no run folder"):
         Run(distilled(run_tree, tmp_path, "student", tmp_path / "nothing"), manifest, [])
     model = model_tree(ffn=DENSE, depth=LOOP, vocab_size=600)
     other = run_of(run_tree, tmp_path, "other", model=model, distillation={"teacher": str(dense)})
@@ -134,6 +135,11 @@ def test_convert_then_train_then_generate(
     assert command(capsys, "generate", tmp_path / "recursive", *options, "--exit", "3")[0] == 0
     code, _, errors = command(capsys, "generate", tmp_path / "recursive", "--exit", "9")
     assert (code, "--exit: 9; allowed: 1, 2, 3" in errors) == (ConfigError.exit_code, True)
+    prompts.write_bytes("\ufeffa\u2028b\r\n\nc".encode())
+    assert read_prompts(prompts) == ["a\u2028b", "c"]
+    prompts.write_bytes(b"\xff")
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        read_prompts(prompts)
     prompts.write_text("\n")
     code, _, errors = command(capsys, "generate", tmp_path / "recursive", *options)
     assert (code, "holds no line" in errors) == (DataError.exit_code, True)
@@ -197,6 +203,17 @@ def test_plain_recursion_can_go_deeper_than_it_was_trained(
 ) -> None:
     model = RunConfig.model_validate(run_tree | {"model": model_tree(ffn=DENSE, depth=LOOP)}).model
     assert [setting.recursions for setting in settings(model, [1, 5], [1.0])] == [1, 5]
+    mixture = {
+        "kind": "mixture",
+        "num_experts": 4,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+    }
+    routed = model_tree(ffn=DENSE, depth=LOOP, attention=mixture)
+    config = RunConfig.model_validate(run_tree | {"model": routed})
+    with pytest.raises(ConfigError, match="use numbers up to 2"):
+        list(settings(config.model, [3], [1.0]))
     program = program_of(model.depth, Setting(5, "threshold", 1.0), 0)
     assert len(program.visits) == 12
     with pytest.raises(ConfigError, match="no depth to sweep"):

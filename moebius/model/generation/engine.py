@@ -115,6 +115,8 @@ class DepthBatchedGenerator:
         self.step = replace(step, cache=self.cache)
         self.slots: list[Text | None] = [None] * num_slots
         self.starts = [0] * num_slots
+        self.restarts: set[int] = set()
+        """slots whose context was full, so that its newer half is to be run again"""
         self.travellers: list[Traveller] = []
         self.batch_sizes: list[int] = []
         """tokens in each pass through the layers of a segment, prompts not counted"""
@@ -124,10 +126,12 @@ class DepthBatchedGenerator:
         """New ids after each prompt, which is one document."""
         sequences = [Text(number, list(ids), []) for number, ids in enumerate(prompts)]
         waiting = deque(sequences)
-        while waiting or self.travellers:
+        while waiting or self.travellers or self.restarts:
             for slot in range(len(self.slots)):
-                while waiting and self.slots[slot] is None:
-                    self.slots[slot] = waiting.popleft()
+                while slot in self.restarts or (waiting and self.slots[slot] is None):
+                    if slot not in self.restarts:
+                        self.slots[slot] = waiting.popleft()
+                    self.restarts.discard(slot)
                     self._prefill(slot, choose)
             self._tick(choose)
         return [sequence.new for sequence in sequences]
@@ -157,7 +161,7 @@ class DepthBatchedGenerator:
         if len(sequence.new) == self.limits.max_new_tokens:
             self.slots[slot] = None
         elif self.limits.window_start(len(sequence.ids)) != self.starts[slot]:
-            self._prefill(slot, choose)
+            self.restarts.add(slot)
         else:
             place = len(sequence.ids) - 1 - self.starts[slot]
             ids_11 = torch.tensor([[token]], device=logits_V.device)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from moebius.config import Problem
-from moebius.model.config import ModelConfig
+from moebius.model.config import DenseConfig, ModelConfig, NoFFN
 from moebius.model.decoder import Decoder
+from moebius.model.moe.config import MoEConfig
 from moebius.model.moe.router import Router
 from moebius.model.program import Program, Visit
 from moebius.model.recursion.config import DoraConfig
@@ -39,7 +40,18 @@ def conversion_problems(source: ModelConfig, target: ModelConfig) -> Iterator[Pr
         yield Problem("layer_norm_scaling", f"the source has {source.layer_norm_scaling}")
     if target.tie_embeddings and not source.tie_embeddings:
         yield Problem("tie_embeddings", "true, but the source has a head of its own: use false")
-    if source.depth.num_layers != target.depth.num_layers:
+    if _computed(source.ffn) != _computed(target.ffn):
+        yield Problem(
+            "ffn",
+            "computes other things than the source's; allowed are other losses and controllers of "
+            "its router, and per_depth",
+        )
+    if source.depth.router is not None and (
+        target.depth.router is None or target.depth.router.kind != source.depth.router.kind
+    ):
+        kind = source.depth.router.kind
+        yield Problem("depth.router", f"the source's passes are gated by {kind}: use the same kind")
+    elif source.depth.num_layers != target.depth.num_layers:
         yield Problem(
             "depth.num_layers",
             f"{target.depth.num_layers} unrolled layers, but the source has "
@@ -63,10 +75,31 @@ def _tying_problems(source: ModelConfig, target: ModelConfig) -> Iterator[Proble
             f"{target.depth.sharing}, but the source's passes share keys ({source.depth.kv}), "
             f"which unshared layers cannot; use the source's {source.depth.sharing}",
         )
+    for name, router in (*source.routers.items(), *target.routers.items()):
+        if getattr(router.scorer, "gating_residual", "none") == "prev_depth":
+            yield Problem(
+                f"{name}.router.scorer.gating_residual",
+                "prev_depth names another router where layers are shared in another way",
+            )
+            break
+    deep = getattr(target.attention, "depth_attention", None)
+    if deep is not None and deep.scope == "recursions":
+        yield Problem(
+            "attention.depth_attention.scope",
+            "recursions means other visits where layers are shared in another way",
+        )
     if target.layer_norm_scaling == "unique":
         yield Problem("layer_norm_scaling", "unique changes with the sharing of layers")
     if getattr(target.ffn, "reuse", 1) > 1:
         yield Problem("ffn.reuse", "experts that layers reuse cannot be tied in another way")
+
+
+def _computed(ffn: DenseConfig | MoEConfig | NoFFN) -> object:
+    """A feed-forward's configuration without what only training reads."""
+    if not isinstance(ffn, MoEConfig):
+        return ffn
+    router = ffn.router.model_copy(update={"losses": (), "controllers": (), "per_depth": False})
+    return ffn.model_copy(update={"router": router})
 
 
 def _sharing(model: ModelConfig) -> tuple[object, ...]:
@@ -174,6 +207,7 @@ def _fill(layer: nn.Module, visits: Sequence[Visit], tied: Sequence[Plain], base
         elif isinstance(module, VisitNorm):
             module.weight.copy_(_get(base, f"{name}.weight", module.weight))
             if module.has_gain:
+                module.weight[module.weight == 0] = 1.0  # no gain could make anything else of 0
                 gains = [_get(plain, f"{name}.weight", module.weight) for plain in tied]
                 module.gain.copy_(torch.stack(gains) / module.weight)
         elif isinstance(module, Router):

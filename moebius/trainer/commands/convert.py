@@ -1,6 +1,7 @@
 """moebius convert: a trained model as the beginning of a run with other sharing of layers."""
 
 import argparse
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -64,5 +65,6 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     show(f"converted '{arguments.source}' at step {source.step} to '{target.folder}' at step 0")
     if kept:
         show(f"new, with initial values: {', '.join(kept)}")
-    show(f"train it: moebius train {arguments.config} {' '.join(arguments.overrides)}".rstrip())
+    again = shlex.join(["moebius", "train", arguments.config, *arguments.overrides])
+    show(f"train it: {again}")
     return 0

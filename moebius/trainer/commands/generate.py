@@ -67,11 +67,12 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file, empty ones left out. Raises DataError where it is not UTF-8 or empty."""
+    content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"--prompts: '{path}' is not UTF-8 text ({error.reason})") from None
-    prompts = [line for line in text.splitlines() if line]
+    prompts = [line.rstrip("\r") for line in text.split("\n") if line.rstrip("\r")]
     if not prompts:
         raise DataError(f"--prompts: '{path}' holds no line", "write a prompt on each line")
     return prompts

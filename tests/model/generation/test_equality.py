@@ -110,6 +110,13 @@ def test_a_context_that_is_full_forgets_its_older_half(router: str) -> None:
         assert_same(executor, prompts, Limits(12, context_length), slots=(2,))
 
 
+def test_thousands_of_restarts() -> None:
+    """The smallest context, which is full at every second token."""
+    executor = lively(depth={"num_layers": 1})
+    (new,) = engine(executor, Limits(1200, 2), 1).run([[1]], lambda logits, *_: 3)
+    assert len(new) == 1200
+
+
 def test_stopping_at_once_and_a_single_token() -> None:
     executor = lively(depth=loop(router=ROUTERS["expert"]))
     prompts = random_prompts([3, 3, 3, 3, 3])
