@@ -122,7 +122,13 @@ def convert(source: Decoder, target: Decoder, method: Method) -> list[str]:
     for layer, places in sources(source.program, target.program, method).items():
         own = [v for v in target.program.visits if v.layer == layer]
         tied = [plain[visit.index] for visit in own]
+        origin = visits[own[0].index].layer
         _fill(target.layers[layer], own, tied, _mean([plain[i] for i in places]))
+        is_same = all(
+            (visits[v.index].layer, visits[v.index].depth) == (origin, v.depth) for v in own
+        )
+        if is_same and source.config.depth.adapter == target.config.depth.adapter:
+            _keep_adapters(source.layers[origin], target.layers[layer])
     kept = set(dict(target.named_parameters()))
     kept -= {name for name in kept if name.startswith("layers.")}
     for name, tensor in (*source.named_parameters(), *source.named_buffers()):
@@ -134,6 +140,13 @@ def convert(source: Decoder, target: Decoder, method: Method) -> list[str]:
         target.head.weight.copy_(source.embedding.weight)
         kept.discard("head.weight")
     return sorted(kept)
+
+
+def _keep_adapters(source: nn.Module, target: nn.Module) -> None:
+    """Copy what the passes of a layer share and differ by, where both do so in the same way."""
+    for name, module in target.named_modules():
+        if isinstance(module, VisitLinear | VisitNorm):
+            module.load_state_dict(source.get_submodule(name).state_dict())
 
 
 def sources(source: Program, target: Program, method: Method) -> dict[str, list[int]]:

@@ -159,7 +159,6 @@ def test_entries_keep_their_order_when_room_is_made() -> None:
     assert entries.count_N.tolist() == [len(lists[0]), 0, len(lists[2])]
 
 
-@pytest.mark.xfail(strict=True, raises=RecursionError, reason="`_accept` and `_prefill` recurse")
 def test_a_long_text_of_a_tiny_context() -> None:
     """The window moves with every token."""
     (new,) = engine(lively(depth={"num_layers": 1}), Limits(700, 2), 1).run([[1]], Choice())
