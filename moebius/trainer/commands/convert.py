@@ -14,7 +14,7 @@ from moebius.model.recursion.convert import Method, conversion_problems, convert
 from moebius.trainer.commands.arguments import whole
 from moebius.trainer.config_file import load_config
 from moebius.trainer.restore import restore
-from moebius.trainer.run import Run, claim_folder, lock_folder
+from moebius.trainer.run import Run, check_folder, claim_folder, lock_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Write the first checkpoint of the new run, from which `moebius train` goes on."""
     config = load_config(arguments.config, arguments.overrides)
+    check_folder(config)
     source = restore(arguments.source, arguments.step, "cpu")
     problems = list(conversion_problems(source.config.model, config.model))
     if problems:

@@ -137,7 +137,6 @@ def test_what_cannot_be_converted_is_one_line(
     assert "holds a run already" in failure(capsys, dense, dense / "config.yaml")
 
 
-@pytest.mark.xfail(strict=True, reason="only checkpoints are looked for, not whose folder it is")
 def test_the_folder_of_another_config_is_refused_as_in_training(
     run_tree: dict[str, Any], tmp_path: Path, dense: Path, capsys: CAPTURE
 ) -> None:

@@ -23,7 +23,7 @@ from moebius.trainer.sweep import Outcome, Setting, best_settings, program_of, s
 from tests.conftest import MOE, model_tree
 from tests.model.helpers import build, random_batch, scale_parameters
 from tests.model.recursion.conftest import one_thread
-from tests.trainer.helpers import error_line, moebius, train_run
+from tests.trainer.helpers import train_run
 from tests.trainer.test_depth_commands import DENSE, LOOP, command, run_of
 
 __all__ = ["one_thread"]
@@ -213,8 +213,12 @@ def test_the_table(
     assert "step 6, 8 samples" in out
 
 
-def test_bad_settings_are_one_line(run_tree: dict[str, Any], tmp_path: Path) -> None:
+def test_a_dense_model_has_no_depth_to_sweep(
+    run_tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dense = model_tree(ffn=DENSE, depth={"num_layers": 2})
     config = RunConfig.model_validate(run_tree | {"run_dir": str(tmp_path / "d"), "model": dense})
     folder = train_run(config, stop_after=1).folder
-    assert error_line(moebius("sweep", folder)).endswith("1, so there is no depth to sweep")
+    code, _, errors = command(capsys, "sweep", folder)
+    assert code == ConfigError.exit_code
+    assert errors == "error: model.depth.num_recursions: 1, so there is no depth to sweep\n"
