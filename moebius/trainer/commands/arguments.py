@@ -46,7 +46,10 @@ def non_negative(text: str) -> float:
 
 def positive(text: str) -> float:
     """A finite number above 0, for argparse."""
-    value = non_negative(text)
+    try:
+        value = non_negative(text)
+    except argparse.ArgumentTypeError:
+        value = 0.0
     if value == 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number > 0")
     return value
