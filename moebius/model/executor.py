@@ -111,7 +111,7 @@ class LocalExecutor:
         exits = drawn_exits(self.decoder.config.exits, self.program, step)
         with self.autocast(batch.tokens_BS.device):
             hidden = self.exit_hiddens(batch, step, exits)
-            return exit_losses(self.decoder, batch, hidden, step, teacher)
+            return exit_losses(self.decoder, batch, hidden, teacher)
 
     def loss_sum(self, batch: TokenBatch, step: StepContext) -> Tensor:
         """Cross-entropy summed over the labels of one batch."""

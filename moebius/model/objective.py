@@ -30,11 +30,14 @@ class TeacherModel:
     coefficient: float
     """weight of the forward KL divergence beside the cross-entropy"""
     temperature: float
+    step: int = 0
+    """optimizer steps it was trained for: what is scheduled in it stays as it was then"""
+    seed: int = 0
 
     @torch.no_grad()
-    def predict(self, batch: TokenBatch, step: StepContext) -> Teacher:
+    def predict(self, batch: TokenBatch) -> Teacher:
         """Its final hidden states and head; it selects causally and is not trained."""
-        own = StepContext("threshold", Ledger(), step.step, step.seed)
+        own = StepContext("threshold", Ledger(), self.step, self.seed)
         with self.executor.autocast(batch.tokens_BS.device):
             hidden_TD = self.executor.hidden(batch, own).flatten(0, 1)
         return Teacher(hidden_TD, self.executor.decoder.head_weight.detach(), self.temperature)
@@ -63,7 +66,6 @@ def exit_losses(
     decoder: Decoder,
     batch: TokenBatch,
     hidden: Mapping[int, Tensor],
-    step: StepContext,
     teacher: TeacherModel | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What is differentiated, a sum over labels, and the sums to report by name.
@@ -78,7 +80,7 @@ def exit_losses(
     *early, final = (hidden[number].flatten(0, 1) for number in exits)
     taught, coefficient = None, 0.0
     if teacher is not None:
-        taught, coefficient = teacher.predict(batch, step), teacher.coefficient * weights[-1]
+        taught, coefficient = teacher.predict(batch), teacher.coefficient * weights[-1]
     last = linear_cross_entropy(
         [final], weight_VD, labels_T, weights[-1:], [coefficient] if taught else None, taught
     )

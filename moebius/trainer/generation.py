@@ -61,7 +61,7 @@ def generate_texts(
     ]
     limits = Limits(max_new_tokens, model.config.data.sequence_length, eod_id)
     step = StepContext("threshold", Ledger(), model.step, model.config.train.seed)
-    new = generate(model.executor, ids, sampler, limits, step, num_slots)
+    new = generate(model.executor, ids, sampler, limits, step, min(num_slots, len(ids)))
     return [model.tokenizer.decode(tokens) for tokens in new]
 
 
@@ -76,6 +76,6 @@ def check_causal(model: ModelConfig) -> None:
     if not learns:
         raise ConfigError(
             "model.depth.router.causal: this model was not trained to choose its tokens without "
-            "looking at later ones, so it cannot generate",
+            "looking at later ones, so it cannot generate or teach",
             "train with causal.kind loss or router",
         )

@@ -36,6 +36,7 @@ from moebius.trainer.checkpoint.tensors import (
 )
 from moebius.trainer.config import RunConfig, identity
 from moebius.trainer.config_file import load_config
+from moebius.trainer.generation import check_causal
 from moebius.trainer.machine import AUTOCAST, select_device
 from moebius.trainer.optim import build_optimizer
 from moebius.trainer.restore import CONFIG_NAME, restore
@@ -153,6 +154,7 @@ def load_teacher(config: RunConfig, manifest: Manifest) -> tuple[TeacherModel | 
         return None, None
     try:
         found = restore(Path(node.teacher), node.step, config.train.device)
+        check_causal(found.config.model)
     except MoebiusError as error:
         raise CheckpointError(f"distillation.teacher: {error}") from None
     if (
@@ -164,7 +166,10 @@ def load_teacher(config: RunConfig, manifest: Manifest) -> tuple[TeacherModel | 
             "train the teacher with the tokenizer of data.dir and the same model.vocab_size",
         )
     found.executor.decoder.requires_grad_(False)
-    return TeacherModel(found.executor, node.coefficient, node.temperature), found.weights
+    teacher = TeacherModel(
+        found.executor, node.coefficient, node.temperature, found.step, found.config.train.seed
+    )
+    return teacher, found.weights
 
 
 def replay_tables(model: ModelConfig, device: torch.device) -> dict[str, RoutingTable]:

@@ -90,6 +90,26 @@ def test_teachers_that_cannot_teach(run_tree: dict[str, Any], tmp_path: Path, de
         Run(other, manifest, [])
 
 
+def test_a_teacher_is_the_model_of_its_checkpoint(run_tree: dict[str, Any], tmp_path: Path) -> None:
+    """What is scheduled in it stays as it was; one that only looks ahead cannot teach."""
+    manifest = read_manifest(Path(run_tree["data"]["dir"]))
+    router = {"kind": "token_choice", "full_depth_steps": 5}
+    model = model_tree(ffn=DENSE, depth=LOOP | {"router": router})
+    folder = train_run(run_of(run_tree, tmp_path, "scheduled", model=model)).folder
+    student = Run(distilled(run_tree, tmp_path, "student", folder), manifest, [])
+    assert student.teacher is not None
+    own = restore(folder, None, "cpu")
+    batch = next(iter(batches_of(own)))
+    with torch.no_grad():
+        wanted = own.executor.hidden(batch, StepContext("threshold", Ledger(), own.step))
+    assert torch.equal(student.teacher.predict(batch).hidden_TD, wanted.flatten(0, 1))
+
+    blind = model_tree(ffn=DENSE, depth=LOOP | {"router": {"causal": {"kind": "none"}}})
+    other = train_run(run_of(run_tree, tmp_path, "blind", model=blind)).folder
+    with pytest.raises(CheckpointError, match=r"distillation\.teacher: .*cannot generate or teach"):
+        Run(distilled(run_tree, tmp_path, "pupil", other), manifest, [])
+
+
 def command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
     """Exit code, output and errors of the command line."""
     code = main([str(argument) for argument in arguments])
@@ -237,7 +257,7 @@ def test_only_causal_models_generate(
     if can:
         check_causal(config.model)
     else:
-        with pytest.raises(ConfigError, match="cannot generate"):
+        with pytest.raises(ConfigError, match="cannot generate or teach"):
             check_causal(config.model)
 
 
