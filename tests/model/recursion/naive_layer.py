@@ -45,6 +45,8 @@ class NaiveLayers:
         self.config = decoder.config
         self.program = decoder.program
         self.w = dict(decoder.named_parameters())
+        self.squares: dict[tuple[str, int], list[Tensor]] = {}
+        """by layer and depth: of each token logsumexp^2 of the scores over width"""
 
     def run(self, visit: Visit, x: Stream, row: Row) -> Stream:
         """The stream of the present tokens after a visit."""
@@ -128,7 +130,7 @@ class NaiveLayers:
         prefix = f"layers.{visit.layer}.attention"
         logits = self.w[f"{prefix}.routers.0.scorer.weight"] @ x
         probs = (logits - logits.max()).exp() / (logits - logits.max()).exp().sum()
-        best = sorted(range(len(probs)), key=lambda e: -float(probs[e]))[:2]
+        best = sorted(range(len(probs)), key=lambda e: -float(probs[e].detach()))[:2]
         total = torch.zeros_like(x)
         for e in best:
             q = self.heads(self.w[f"{prefix}.q"][e] @ x)
@@ -213,12 +215,14 @@ class NaiveLayers:
         logits = self.w[f"{name}.weight"] @ x
         residual = router.scorer.gating_residual
         before = ("ffn" if residual == "prev_layer" else visit.layer, t)
-        if residual != "none" and before in row.scores and f"{name}.residual" in self.w:
+        if residual != "none" and before in row.scores:
             logits = logits + self.w[f"{name}.residual"] @ row.scores[before]
         row.scores[before] = logits
+        square = sum(z.exp() for z in logits).log() ** 2
+        self.squares.setdefault((visit.layer, visit.depth), []).append(square)
         probs = torch.stack(softmax(list(logits)))
         total = torch.zeros_like(x)
-        for e in sorted(range(len(probs)), key=lambda e: -float(probs[e]))[:2]:
+        for e in sorted(range(len(probs)), key=lambda e: -float(probs[e].detach()))[:2]:
             gate, up = (self.w[f"{prefix}.experts.groups.0.gate_up"][e] @ x).chunk(2)
             inner = gate * gate.sigmoid() * up
             total = total + probs[e] * (self.w[f"{prefix}.experts.groups.0.down"][e] @ inner)
@@ -251,7 +255,7 @@ class NaiveLayers:
 
 def softmax(logits: list[Tensor]) -> list[Tensor]:
     """Weights that add up to 1."""
-    highest = max(float(logit) for logit in logits)
+    highest = max(float(logit.detach()) for logit in logits)
     powers = [(logit - highest).exp() for logit in logits]
     return [power / sum(powers) for power in powers]
 

@@ -35,6 +35,8 @@ class Terms:
     """of token choice, by loop and row: probabilities of each token"""
     chosen: dict[str, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
     """and its depth, from 1"""
+    judged: dict[tuple[str, int], list[bool]] = field(default_factory=lambda: defaultdict(list))
+    """of each candidate, whether its threshold decides as the selection did"""
     gates: dict[tuple[str, int], float] = field(default_factory=lambda: defaultdict(float))
     """sums over selected tokens"""
 
@@ -150,8 +152,12 @@ class NaiveModel:
             kept = [t for t in survivors if judged[t] >= 0]
             if self.mode == "topk":
                 share = self.share(router, number, self.config.depth.num_recursions)
-                kept = self.best({t: float(z) for t, z in logits.items()}, row, share, router)
+                kept = self.best(
+                    {t: float(z.detach()) for t, z in logits.items()}, row, share, router
+                )
                 for t in survivors:
+                    agrees = bool(judged[t] >= 0) == (t in kept)
+                    self.terms.judged[loop, number + 1].append(agrees)
                     p = judged[t].sigmoid()
                     error = -p.log() if t in kept else -(1 - p).log()
                     self.terms.add(("causal", loop, number + 1), error)
@@ -167,7 +173,7 @@ class NaiveModel:
                 gate = self.gate(router, logits[t])
                 update = outer[t] - inner[t] if router.gating == "additive" else outer[t]
                 x[t] = x[t] + gate * update
-                self.terms.gates[loop, number + 1] += float(gate)
+                self.terms.gates[loop, number + 1] += float(gate.detach())
             found[visits[-1].index + 1] = x
         return x
 
@@ -202,7 +208,7 @@ class NaiveModel:
             else:
                 affinity = [1 / (1 + (-z).exp()) for z in logits]
             probs.append(torch.stack([a / sum(affinity) for a in affinity]))
-            steered = [float(a) for a in affinity]
+            steered = [float(a.detach()) for a in affinity]
             for name, bias in self.decoder.named_buffers():
                 if name.startswith(f"{prefix}.controllers") and name.endswith("bias_UN"):
                     steered = [a + float(b) for a, b in zip(steered, bias[0], strict=True)]

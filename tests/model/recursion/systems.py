@@ -78,6 +78,17 @@ def deep(scope: str) -> dict[str, Any]:
     return ATTENTION | {"depth_attention": {"scope": scope, "window": 3}}
 
 
+def pool(**router: Any) -> dict[str, Any]:
+    """SwiGLU experts without losses."""
+    experts = [{"kind": "ffn", "count": 3, "intermediate_size": 6}]
+    return {"kind": "moe", "experts": experts, "router": {"losses": []} | router}
+
+
+def residual(kind: str) -> dict[str, Any]:
+    """A scorer that adds those of an earlier router."""
+    return {"kind": "linear", "gating_residual": kind}
+
+
 BIAS = {"kind": "bias", "rate": 0.01}
 SCHEDULED = [[[0, 1.0], [40, 0.8]], [[0, 0.9], [40, 0.5]], 0.25]
 MLP = {"kind": "mlp", "intermediate_size": 8}
@@ -91,7 +102,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "cycle groups": {"depth": CYCLE | {"num_layers": 12, "groups": 2}},
     "expert row": {"depth": depth(3, 2, router=expert())},
     "expert document": {"depth": depth(router=expert(scope="document"))},
-    "expert warm-up": {"depth": depth(router=expert(warmup_steps=41, scorer=MLP))},
+    "expert warm-up": {"depth": depth(router=expert(warmup_steps=41, scorer=MLP, temperature=0.5))},
     "expert schedule": {"depth": depth(router=expert(capacities=SCHEDULED, activation="none"))},
     "expert additive": {
         "depth": depth(
@@ -197,6 +208,81 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "depth": CYCLE | {"router": token(BIAS)},
     },
 }
+
+
+QUIET_MIXTURE = MIXTURE | {"router": {"losses": []}}
+BY_HAND = [name for name in SYSTEMS if not name.startswith(("moe", "mixture")) and name != "dora"]
+NAIVE: dict[str, dict[str, Any]] = {name: SYSTEMS[name] for name in BY_HAND} | {
+    "token every sigmoid": {
+        "depth": depth(
+            kv="hybrid", router=token(BIAS, gating="every", norm={"kind": "sigmoid"}, alpha=0.3)
+        )
+    },
+    "document hybrid": {"depth": depth(kv="hybrid", router=expert(scope="document"))},
+    "document shared_first": {"depth": depth(kv="shared_first", router=expert(scope="document"))},
+    "hybrid one head": {
+        "attention": ATTENTION | {"num_kv_heads": 1},
+        "depth": depth(kv="hybrid", router=expert(capacities=[0.6, 0.6, 0.2])),
+    },
+    "dora dense": {
+        "depth": depth(2, 2, kv="hybrid", adapter={"kind": "dora", "rank": 2, "scale": 2.0})
+    },
+    "window document": {
+        "attention": deep("window"),
+        "depth": depth(3, router=expert(scope="document")),
+    },
+    "window unrouted": {"attention": deep("window"), "depth": depth(2, 2)},
+    "recursions token": {"attention": deep("recursions"), "depth": depth(3, router=token())},
+    "mixture expert": {
+        "attention": QUIET_MIXTURE,
+        "depth": depth(kv="shared_first", router=expert()),
+    },
+    "mixture token": {
+        "attention": QUIET_MIXTURE,
+        "depth": depth(2, 2, kv="hybrid", router=token()),
+    },
+    "mixture document": {
+        "attention": QUIET_MIXTURE,
+        "depth": depth(router=expert(scope="document")),
+    },
+    "prev_layer": {
+        "ffn": pool(scorer=residual("prev_layer")),
+        "depth": depth(2, 2, router=expert()),
+    },
+    "prev_depth": {
+        "ffn": pool(scorer=residual("prev_depth"), per_depth=True),
+        "depth": depth(3, 2, router=expert()),
+    },
+    "prev_depth token": {
+        "ffn": pool(scorer=residual("prev_depth")),
+        "depth": depth(3, router=token()),
+    },
+    "prev_layer per depth": {
+        "ffn": pool(scorer=residual("prev_layer"), per_depth=True),
+        "depth": depth(3, 2, router=token()),
+    },
+    "width losses": {
+        "ffn": pool(losses=[{"kind": "z", "coefficient": 0.2}]),
+        "depth": depth(3, router=expert()),
+    },
+    "width losses document": {
+        "ffn": pool(losses=[{"kind": "z", "coefficient": 0.2}]),
+        "depth": depth(3, router=expert(scope="document", warmup_steps=50)),
+    },
+    "width losses token": {
+        "ffn": pool(losses=[{"kind": "z", "coefficient": 0.2}]),
+        "depth": depth(2, 2, router=token()),
+    },
+    "prev_layer cycle": {
+        "ffn": pool(scorer=residual("prev_layer")),
+        "depth": CYCLE | {"num_layers": 6, "router": expert()},
+    },
+    "prev_layer groups": {
+        "ffn": pool(scorer=residual("prev_layer"), per_depth=True),
+        "depth": depth(2, 1, groups=2, router=expert(scope="document")),
+    },
+}
+"""the systems that the naive model knows, and more of what it knows"""
 
 
 def config_of(**changes: Any) -> ModelConfig:
