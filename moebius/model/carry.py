@@ -54,7 +54,7 @@ class Carry:
         )
 
     def put(self, index_BK: Tensor, new: Carry, length: int) -> Carry:
-        """This state with `new` at `index`; tokens that were not selected keep what they had.
+        """This state with `new`, taken from it and gone on, at `index`; other tokens keep theirs.
 
         A token that lacks a state has zeros. `length` is the full row's.
         """
@@ -83,9 +83,9 @@ class Carry:
 def _put(
     old: Mapping[Name, Tensor], index_BK: Tensor, new: Mapping[Name, Tensor], length: int
 ) -> dict[Name, Tensor]:
-    states = dict(old)
+    states = {}  # what `new` has dropped is of no use to anyone
     for name, rows in new.items():
-        before = states.get(name)
+        before = old.get(name)
         if before is None:
             before = rows.new_zeros(rows.shape[0], length, rows.shape[2])
         states[name] = replace_rows(before, index_BK, rows)

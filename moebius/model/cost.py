@@ -53,9 +53,12 @@ def planned_work(
     """The work on full rows at an optimizer step, by default after all schedules have ended.
 
     Routed over depth as in training (`topk`), a row of one document; where tokens choose their
-    depth, as if all depths were chosen as often and alike in all rows.
+    depth, as if all depths were chosen as often and alike in all rows. Where an exit is drawn, the
+    last one.
     """
-    work = Work(head_tokens=num_rows * sequence_length)
+    exits = decoder.config.exits
+    heads = 1 + len(exits.after) if exits is not None and exits.draw == "all" else 1
+    work = Work(head_tokens=heads * num_rows * sequence_length)
     for segment in (program or decoder.program).segments:
         candidates = sequence_length
         for share, visits in zip(segment.shares(step), segment.passes, strict=True):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moebius.kernels.cross_entropy import linear_cross_entropy
 from moebius.kernels.rope import rope_tables
 from moebius.model.bdh import BDHLayer
 from moebius.model.block import Block
@@ -84,11 +83,6 @@ class Decoder(ParameterModule):
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """Scores over the vocabulary, `[B, S, V]`."""
         return F.linear(hidden_BSD, self.head_weight)
-
-    def loss_sum(self, hidden_BSD: Tensor, labels_BS: Tensor) -> Tensor:
-        """Sum of the cross-entropy over all labels, in nats and fp32."""
-        hidden_TD, labels_T = hidden_BSD.flatten(0, 1), labels_BS.flatten()
-        return linear_cross_entropy([hidden_TD], self.head_weight, labels_T, [1.0]).total
 
     def update_routers(self, ledger: Ledger, step: int) -> None:
         """Let every router learn from the statistics of a whole step, see `Router.update`."""

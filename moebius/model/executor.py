@@ -113,11 +113,6 @@ class LocalExecutor:
             hidden = self.exit_hiddens(batch, step, exits)
             return exit_losses(self.decoder, batch, hidden, teacher)
 
-    def loss_sum(self, batch: TokenBatch, step: StepContext) -> Tensor:
-        """Cross-entropy summed over the labels of one batch."""
-        with self.autocast(batch.tokens_BS.device):
-            return self.decoder.loss_sum(self.hidden(batch, step), batch.labels_BS)
-
     @torch.no_grad()
     def token_losses(
         self, batch: TokenBatch, step: StepContext, exits: Sequence[int] = ()

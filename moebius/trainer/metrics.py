@@ -1,10 +1,13 @@
 """Numbers from a step's ledger. They leave the device here, so call this only when reporting."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from moebius.model.cost import visit_costs
 from moebius.model.decoder import Decoder
+from moebius.model.extent import Work
 from moebius.model.ledger import Ledger
 from moebius.model.moe.layer import Executed
 from moebius.model.moe.router import Router
@@ -85,26 +88,36 @@ def depth_metrics(ledger: Ledger) -> dict[str, float]:
         metrics["depth/agreement"] = agreeing / candidates
     choices = [s for site, s in ledger.statistics.items() if site.module.endswith(".choice")]
     if choices:
-        metrics |= _choice_metrics(choices)
+        made = sum(float(sums["selected"]) for sums in passes.values())
+        tokens = sum(float(s["selected"]) for site, s in passes.items() if site.depth == 1)
+        metrics |= _choice_metrics(choices) | {"depth/mean_passes": made / max(tokens, 1)}
     return metrics
 
 
 def _choice_metrics(choices: list[dict[str, Tensor]]) -> dict[str, float]:
-    """How evenly tokens choose their number of passes; the mean is over all routed loops."""
+    """How evenly tokens choose their number of passes, over all routed loops."""
     counts_N = torch.stack([sums["expert_tokens"] for sums in choices]).sum(dim=0)
     share_N = counts_N / counts_N.sum().clamp(min=1)
-    depth_N = torch.arange(1, len(share_N) + 1, device=share_N.device)
     return {
-        "depth/mean_passes": float((share_N * depth_N).sum()),
         "depth/max_violation": float(counts_N.max() / counts_N.mean().clamp(min=1e-9)) - 1,
         "depth/choice_entropy": float(torch.special.entr(share_N).sum()),
     }
 
 
 def ffn_flops_per_token(decoder: Decoder, ledger: Ledger, num_tokens: int) -> float:
-    """Forward FLOPs of all feed-forward visits that ran, per token of the batch: what the two
-    budgets, experts that cost nothing and passes that tokens skip, leave together."""
-    costs = visit_costs(decoder, ledger.work, executed_rows(ledger))
+    """Forward FLOPs of the feed-forwards of all tokens that entered, per token of the batch: what
+    the two budgets, experts that cost nothing and passes that tokens skip, leave together.
+
+    Empty slots of passes whose rows keep different numbers of tokens are not counted: how many
+    there are depends on the cut of the batch.
+    """
+    work = Work(dict(ledger.work.visits))
+    for segment in decoder.program.segments:
+        for visits in segment.passes if segment.router else ():
+            for visit in (visit for visit in visits if visit in work.visits):
+                entered = int(ledger.statistics[segment.site(visit.depth)]["selected"])
+                work.visits[visit] = replace(work.visits[visit], tokens=entered)
+    costs = visit_costs(decoder, work, executed_rows(ledger))
     return sum(cost.ffn for cost in costs) / num_tokens
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebius.kernels.cross_entropy import linear_cross_entropy
 from moebius.model.config import ModelConfig
 from moebius.model.context import Mode, StepContext
 from moebius.model.decoder import Decoder
@@ -51,6 +52,13 @@ def rows_of(batch: TokenBatch, start: int, end: int) -> TokenBatch:
 def hidden(executor: LocalExecutor, batch: TokenBatch, mode: Mode = "topk") -> Tensor:
     """Final hidden states, statistics discarded."""
     return executor.hidden(batch, StepContext(mode, Ledger()))
+
+
+def loss_sum(executor: LocalExecutor, batch: TokenBatch, step: StepContext) -> Tensor:
+    """Cross-entropy summed over the labels of a batch."""
+    hidden_TD = executor.hidden(batch, step).flatten(0, 1)
+    weight_VD, labels_T = executor.decoder.head_weight, batch.labels_BS.flatten()
+    return linear_cross_entropy([hidden_TD], weight_VD, labels_T, [1.0]).total
 
 
 def scale_parameters(executor: LocalExecutor, name_part: str, factor: float) -> None:

@@ -19,7 +19,7 @@ from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
 from moebius.trainer.metrics import executed_rows
 from tests.conftest import MOE
-from tests.model.helpers import build, random_batch
+from tests.model.helpers import build, loss_sum, random_batch
 
 FFN = {"kind": "ffn", "count": 4, "intermediate_size": 16}
 RESIDUAL = {"scorer": {"kind": "linear", "gating_residual": "prev_layer"}}
@@ -112,7 +112,7 @@ def counted_flops(executor: LocalExecutor, backward: bool) -> tuple[int, Ledger]
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
     ):
-        loss = executor.loss_sum(batch, StepContext("topk", ledger, training=True))
+        loss = loss_sum(executor, batch, StepContext("topk", ledger, training=True))
         if backward:
             loss.backward()
     return counter.get_total_flops(), ledger

@@ -19,7 +19,7 @@ from moebius.model.ledger import Ledger
 from moebius.model.moe.replay import RoutingTable
 from moebius.model.parameters import initialize
 from moebius.trainer.config_file import load_config
-from tests.model.helpers import batch_of, rows_of
+from tests.model.helpers import batch_of, loss_sum, rows_of
 from tests.trainer.helpers import REPOSITORY
 
 PRESETS = sorted(path.stem for path in (REPOSITORY / "configs" / "routing").glob("*.yaml"))
@@ -103,7 +103,7 @@ def recorded_routing(depth: str) -> RoutingTable:
     decoder = lively_decoder("duo_llm_random", depth)
     batch, ledger = whole_batch(), Ledger(keep_routings=True)
     context = StepContext("topk", ledger, training=True)
-    LocalExecutor(decoder).loss_sum(batch, context)
+    loss_sum(LocalExecutor(decoder), batch, context)
     return RoutingTable(batch.sample_ids_B, {str(s): t for s, t in ledger.routings.items()})
 
 

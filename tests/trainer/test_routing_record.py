@@ -18,7 +18,7 @@ from moebius.model.moe.router import Router
 from moebius.model.parameters import initialize
 from moebius.trainer.config import RunConfig
 from moebius.trainer.routing_record import load_routing
-from tests.model.helpers import batch_of
+from tests.model.helpers import batch_of, loss_sum
 from tests.trainer.helpers import error_line, logged, moebius, train_run, write_config
 
 POOL = [{"kind": "ffn", "count": 4, "intermediate_size": 16}, {"kind": "zero"}]
@@ -153,7 +153,7 @@ def test_routers_replay_the_record_that_each_names(run_tree: dict[str, Any]) -> 
         tables[path] = RoutingTable(torch.arange(2), ids)
     ledger = Ledger()
     step = StepContext("topk", ledger, training=True, replay=tables)
-    LocalExecutor(decoder).loss_sum(batch_of(tokens), step)
+    loss_sum(LocalExecutor(decoder), batch_of(tokens), step)
     for site, sums in ledger.statistics.items():
         if "expert_tokens" in sums:
             expected = 0 if site.module.endswith("attention") else 1

@@ -7,7 +7,6 @@ arXiv 2410.20672, section 2.3); a recursive one becomes dense by writing down ea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, cast
 
@@ -152,7 +151,7 @@ def _keep_adapters(source: nn.Module, target: nn.Module) -> None:
 def sources(source: Program, target: Program, method: Method) -> dict[str, list[int]]:
     """For each layer of the target the unrolled layers of the source whose mean it becomes.
 
-    Stepwise rounds equal steps to the nearest layer, halves up.
+    Stepwise rounds equal steps to the nearest layer, halves to the even one (as the authors' code).
     """
     places: dict[str, list[int]] = {}
     for visit in target.visits:
@@ -166,7 +165,7 @@ def sources(source: Program, target: Program, method: Method) -> dict[str, list[
         chosen = {
             "lower": number,
             "upper": len(body) - len(shared) + number,
-            "stepwise": math.floor(number * (len(body) - 1) / max(len(shared) - 1, 1) + 0.5),
+            "stepwise": round(number * (len(body) - 1) / max(len(shared) - 1, 1)),
         }[method]
         places[layer] = [body[chosen]]
     return places

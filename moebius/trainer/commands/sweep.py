@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     step = StepContext("threshold", Ledger(), model.step, config.train.seed)
     outcomes = sweep(model.executor, batches, chosen, model.device, step)
     bound, wins = best_settings(outcomes)
+    causal, _ = best_settings([o for o in outcomes if o.setting.mode == "threshold"])
     table = Table(title=f"step {model.step}, {int(wins.sum())} samples")
     for column in ("setting", "selects", "loss", "MFLOP/tok", "best for"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -57,7 +58,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             f"{count / int(wins.sum()):.0%}",
         )
     console.print(table)
-    console.print(
-        f"with the best setting for each sample: {bound:.4f}", highlight=False, markup=False
-    )
+    line = f"with the best setting for each sample: {causal:.4f}"
+    if any(outcome.setting.mode == "topk" for outcome in outcomes):
+        line += f" selecting causally, {bound:.4f} with those that look ahead"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import torch
 
 from moebius.model.generation.engine import needs_whole_rows
 from moebius.model.generation.plain import Limits
@@ -177,12 +176,3 @@ WHOLE_ROWS: dict[str, dict[str, Any]] = {
         },
     },
 }
-
-
-@pytest.mark.parametrize("name", WHOLE_ROWS)
-def test_routing_that_looks_at_the_row_is_recognised(name: str) -> None:
-    """And rightly so: with a cache, it would give other logits."""
-    executor = lively(ffn=WHOLE_ROWS[name], depth={"num_layers": 3})
-    assert needs_whole_rows(executor.decoder)
-    with torch.no_grad(), pytest.raises(AssertionError):
-        assert_same(executor, random_prompts([8, 12, 5]), Limits(8, 64), slots=(2,))

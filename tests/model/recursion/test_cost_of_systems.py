@@ -11,7 +11,7 @@ from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
 from moebius.model.objective import drawn_exits
 from moebius.trainer.metrics import executed_rows
-from tests.model.helpers import random_batch
+from tests.model.helpers import loss_sum, random_batch
 from tests.model.recursion.systems import SYSTEMS, VOCABULARY, documents, system
 
 STEP, SEED = 20, 7
@@ -80,7 +80,7 @@ def test_work_of_documents_is_known_for_rows_of_one_document() -> None:
     ledger = Ledger()
     step = StepContext("topk", ledger, step=STEP, training=True)
     with torch.no_grad():
-        executor.loss_sum(random_batch(3, 15, vocab_size=VOCABULARY), step)
+        loss_sum(executor, random_batch(3, 15, vocab_size=VOCABULARY), step)
     assert planned_work(executor.decoder, 3, 15, STEP) == ledger.work
 
 

@@ -201,6 +201,11 @@ def test_metrics_of_extreme_choices(counts: tuple[int, int, int]) -> None:
     """All alike: no entropy and N_r - 1 of violation; even: ln 3, which is the most, and 0."""
     ledger = Ledger()
     ledger.record(CHOICE, expert_tokens=torch.tensor([float(n) for n in counts]))
+    for r in (1, 2, 3):
+        entered = torch.tensor(sum(counts[r - 1 :]))
+        ledger.record(
+            Site("depth.0", r), selected=entered, candidates=torch.tensor(24), places=torch.ones(4)
+        )
     metrics = depth_metrics(ledger)
     passes = sum((j + 1) * n for j, n in enumerate(counts)) / 24
     assert metrics["depth/mean_passes"] == pytest.approx(passes, rel=1e-6)
