@@ -1,11 +1,12 @@
 """The output head and its losses in chunks of tokens: logits are never held for more than a chunk.
 
-Shapes: X exits, T tokens, C tokens of a chunk, D hidden, V vocabulary.
+Shapes: X exits, T tokens, C tokens of a chunk, D hidden, V vocabulary, or the part of it that is
+here.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,29 @@ CHUNK_BYTES = 64 * 2**20
 """what the fp32 logits of a chunk may take unless `chunk_tokens` says otherwise"""
 
 
+class Vocabulary(Protocol):
+    """A part of the vocabulary: the others' are in other processes, which run the same calls."""
+
+    @property
+    def first(self) -> int:
+        """The id of the first row that is here."""
+
+    def maximum(self, values_C: Tensor) -> Tensor:
+        """The largest of all parts' values."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of all parts' values."""
+
+
+def locate(ids: Tensor, vocabulary: Vocabulary | None, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The row of each id, 0 for one that is not here, and which ones are."""
+    if vocabulary is None:
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    row = ids - vocabulary.first
+    is_here = (row >= 0) & (row < num_rows)
+    return row.masked_fill(~is_here, 0), is_here
+
+
 @dataclass(frozen=True)
 class Teacher:
     """Whose distribution over the vocabulary the exits are drawn to; it gets no gradient."""
@@ -22,7 +46,7 @@ class Teacher:
     hidden_TD: Tensor
     """final hidden states of another model, or of a later exit; their width may differ"""
     weight_VD: Tensor
-    """the head that reads them, over the same vocabulary"""
+    """the head that reads them, over the same part of the same vocabulary"""
     temperature: float = 1.0
     """divides the logits of both sides"""
 
@@ -47,6 +71,7 @@ def linear_cross_entropy(
     kl_coefficients: Sequence[float] | None = None,
     teacher: Teacher | None = None,
     chunk_tokens: int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> ExitLosses:
     """`sum_x ce[x] * CE_x + kl[x] * KL_x` over exits that share a head; sums over tokens.
 
@@ -62,7 +87,10 @@ def linear_cross_entropy(
     + Dt) * V` for the teacher's. The gradients take as much as what they belong to, twice as much
     during backward.
 
-    Under autocast the products run in its dtype, those of the gradients too, else in the inputs';
+    With a `vocabulary` the head is a part of it, and sums over v go over all parts, three times for
+    each chunk and exit (five with a teacher, seven at another temperature than 1); losses are the
+    whole ones everywhere, gradients those by what is here, so that of the hidden states lacks the
+    other parts'. Under autocast the products run in its dtype, those of the gradients too, else in the inputs';
     losses are summed up in fp32, the weight's gradient in the weight's dtype. There are no second
     derivatives. Raises ValueError for other than X coefficients, T labels or T tokens of the
     teacher, a teacher without `kl_coefficients` or the reverse, and chunks of no token; a label
@@ -79,6 +107,7 @@ def linear_cross_entropy(
         ce=tuple(ce_coefficients),
         kl=kl,
         teacher=teacher,
+        vocabulary=vocabulary,
         chunk_tokens=_chunk_tokens(len(labels_T), len(weight_VD), chunk_tokens),
         with_gradients=torch.is_grad_enabled(),
     )
@@ -90,7 +119,11 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def token_cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_tokens: int | None = None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    chunk_tokens: int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Tensor:
     """`-log softmax(hidden @ weight.T)[label]` of each token in nats, `[T]`, without a gradient.
 
@@ -103,7 +136,7 @@ def token_cross_entropy(
     for start in range(0, len(labels_T), chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         logits_CV = head.logits(_for_products(hidden_TD[rows]))
-        losses_T[rows] = _label_losses_(logits_CV, labels_T[rows].unsqueeze(1))
+        losses_T[rows] = _label_losses_(logits_CV, labels_T[rows].unsqueeze(1), vocabulary)
     return losses_T
 
 
@@ -114,6 +147,7 @@ class _Request:
     ce: tuple[float, ...]
     kl: tuple[float, ...]
     teacher: Teacher | None
+    vocabulary: Vocabulary | None
     chunk_tokens: int
     with_gradients: bool
     """grad mode of the caller; inside of a Function it is always off"""
@@ -156,7 +190,9 @@ def _exit_losses(
 ) -> tuple[Tensor, Tensor]:
     """`(ce_X, kl_X)`; fills the gradients on the way."""
     head = _Head(weight_VD, request.chunk_tokens)
-    lesson = None if request.teacher is None else _Lesson(request.teacher, request.chunk_tokens)
+    lesson, vocabulary = None, request.vocabulary
+    if request.teacher is not None:
+        lesson = _Lesson(request.teacher, request.chunk_tokens, vocabulary)
     ce_XT = head.logits_CV.new_zeros(len(hidden_XTD), len(labels_T))
     kl_XT = torch.zeros_like(ce_XT)
     for start in range(0, len(labels_T), request.chunk_tokens):
@@ -167,13 +203,11 @@ def _exit_losses(
         for x, hidden_TD in enumerate(hidden_XTD):
             hidden_CD = _for_products(hidden_TD[rows])
             logits_CV = head.logits(hidden_CD)
-            ce_XT[x, rows] = _label_losses_(logits_CV, labels_C1)
+            ce_XT[x, rows] = _label_losses_(logits_CV, labels_C1, vocabulary)
             if lesson is not None:
-                kl_XT[x, rows] = lesson.losses(logits_CV, labels_C1)
+                kl_XT[x, rows] = lesson.losses(logits_CV)
             if gradients.wanted(x):
-                scale = _logit_gradients_(
-                    logits_CV, labels_C1, request.ce[x], request.kl[x], lesson
-                )
+                scale = _logit_gradients_(logits_CV, labels_C1, request, x, lesson)
                 gradients.add(x, rows, head.for_products(logits_CV), hidden_CD, head, scale)
     return ce_XT.sum(1), kl_XT.sum(1)
 
@@ -212,7 +246,8 @@ class _Head:
 class _Lesson:
     """A teacher's distribution over the vocabulary for the tokens of a chunk."""
 
-    def __init__(self, teacher: Teacher, chunk_tokens: int) -> None:
+    def __init__(self, teacher: Teacher, chunk_tokens: int, vocabulary: Vocabulary | None) -> None:
+        self.vocabulary = vocabulary
         self.hidden_TD = teacher.hidden_TD
         self.head = _Head(teacher.weight_VD, chunk_tokens)
         self.temperature = teacher.temperature
@@ -222,11 +257,11 @@ class _Lesson:
     def go_to(self, rows: slice) -> None:
         """Let the teacher speak on these tokens."""
         logits_CV = self.head.logits(_for_products(self.hidden_TD[rows]))
-        log_probs_CV = _log_softmax_(logits_CV.div_(self.temperature))
+        log_probs_CV, _ = _log_softmax_(logits_CV.div_(self.temperature), self.vocabulary)
         probs_CV = torch.exp(log_probs_CV, out=self.probs_CV[: len(logits_CV)])
-        self.entropy_C = -log_probs_CV.mul_(probs_CV).sum(1)
+        self.entropy_C = -_total(log_probs_CV.mul_(probs_CV).sum(1), self.vocabulary)
 
-    def losses(self, log_probs_CV: Tensor, labels_C1: Tensor) -> Tensor:
+    def losses(self, log_probs_CV: Tensor) -> Tensor:
         """`tau**2 * KL(teacher || student)` of each token; the student's is at temperature 1.
 
         Leaves the student's log-probabilities at temperature tau in `spare`, unless that is 1.
@@ -234,13 +269,12 @@ class _Lesson:
         tau, spare_CV = self.temperature, self._spare(log_probs_CV)
         # log q = log_probs / tau - log_sum, so that sum_v p log q needs no third buffer.
         torch.mul(log_probs_CV, self.probs_CV[: len(log_probs_CV)], out=spare_CV)
-        cross_C = -spare_CV.sum(1) / tau
+        cross_C = -_total(spare_CV.sum(1), self.vocabulary) / tau
         if tau == 1:
             return cross_C - self.entropy_C
         torch.div(log_probs_CV, tau, out=spare_CV)
-        before_C1 = spare_CV.gather(1, labels_C1)
-        log_sum_C1 = before_C1 - _log_softmax_(spare_CV).gather(1, labels_C1)
-        return tau**2 * (cross_C + log_sum_C1.squeeze(1) - self.entropy_C)
+        _, log_sum_C = _log_softmax_(spare_CV, self.vocabulary)
+        return tau**2 * (cross_C + log_sum_C - self.entropy_C)
 
     def add_gradients_(self, gradients_CV: Tensor, share: float) -> None:
         """Add `share * (q - p)`, of which q is there already at a temperature of 1.
@@ -290,13 +324,14 @@ class _Gradients:
 
 
 def _logit_gradients_(
-    log_probs_CV: Tensor, labels_C1: Tensor, ce: float, kl: float, lesson: _Lesson | None
+    log_probs_CV: Tensor, labels_C1: Tensor, request: _Request, x: int, lesson: _Lesson | None
 ) -> float:
     """Turn log-probabilities into the gradient of `ce * CE + kl * KL` by the logits, in place.
 
     It still lacks the factor that is returned: coefficients are about 1 over the tokens of a step,
     which would push the small entries below what fp16 can hold; and mostly it saves a pass.
     """
+    ce, kl = request.ce[x], request.kl[x]
     tau = 1.0 if lesson is None else lesson.temperature
     scale = abs(ce) + abs(kl) * tau or 1.0
     share = (ce + kl if tau == 1 else ce) / scale
@@ -305,19 +340,38 @@ def _logit_gradients_(
         gradients_CV.mul_(share)
     if lesson is not None and kl:
         lesson.add_gradients_(gradients_CV, kl * tau / scale)
-    one_hot_C1 = gradients_CV.new_full(labels_C1.shape, -ce / scale)
-    gradients_CV.scatter_add_(1, labels_C1, one_hot_C1)
+    row_C1, is_here_C1 = locate(labels_C1, request.vocabulary, gradients_CV.shape[1])
+    one_hot_C1 = is_here_C1.to(gradients_CV.dtype) * (-ce / scale)
+    gradients_CV.scatter_add_(1, row_C1, one_hot_C1)
     return scale
 
 
-def _label_losses_(logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
+def _label_losses_(logits_CV: Tensor, labels_C1: Tensor, vocabulary: Vocabulary | None) -> Tensor:
     """Cross-entropy of each token; leaves log-probabilities where the logits were."""
-    return -_log_softmax_(logits_CV).gather(1, labels_C1).squeeze(1)
+    row_C1, is_here_C1 = locate(labels_C1, vocabulary, logits_CV.shape[1])
+    log_probs_CV, _ = _log_softmax_(logits_CV, vocabulary)
+    label_C1 = log_probs_CV.gather(1, row_C1)
+    if vocabulary is not None:
+        label_C1 = vocabulary.total(label_C1.masked_fill(~is_here_C1, 0.0))
+    return -label_C1.squeeze(1)
 
 
-def _log_softmax_(logits_CV: Tensor) -> Tensor:
-    """In place: the kernels reduce a row before they write its first element."""
-    return torch.log_softmax(logits_CV, dim=1, out=logits_CV)
+def _log_softmax_(logits_CV: Tensor, vocabulary: Vocabulary | None) -> tuple[Tensor, Tensor]:
+    """In place; also what was subtracted, `logsumexp(logits)`."""
+    if vocabulary is None:
+        first_C = logits_CV[:, 0].clone()
+        # The kernels reduce a row before they write its first element.
+        torch.log_softmax(logits_CV, dim=1, out=logits_CV)
+        return logits_CV, first_C - logits_CV[:, 0]
+    largest_C = vocabulary.maximum(logits_CV.amax(dim=1))
+    logits_CV.sub_(largest_C.unsqueeze(1))
+    log_sum_C = vocabulary.total(logits_CV.exp().sum(dim=1)).log()
+    logits_CV.sub_(log_sum_C.unsqueeze(1))
+    return logits_CV, largest_C + log_sum_C
+
+
+def _total(values: Tensor, vocabulary: Vocabulary | None) -> Tensor:
+    return values if vocabulary is None else vocabulary.total(values)
 
 
 def _for_products(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Choosing tokens along the sequence, taking them out of their rows and putting them back.
 
 An index `[B, K]` lists positions of a row in ascending order; -1 marks an empty slot (rows may
-select different numbers of tokens) and all empty slots of a row come last.
+select different numbers of tokens); all empty slots of a row, or of each of its shards, come last.
 
 Shapes: B rows, S tokens, K selected slots, D any trailing width.
 """
@@ -64,6 +64,26 @@ def compact(candidates_BS: Tensor, keep_BS: Tensor, k: int) -> tuple[Tensor, Ten
     slot_BK = (~keep_BS).to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
     index_BK = candidates_BS.gather(1, slot_BK)
     return index_BK.masked_fill(~keep_BS.gather(1, slot_BK), -1), slot_BK
+
+
+def compact_shards(
+    candidates_BS: Tensor, keep_BS: Tensor, k: int, num_shards: int
+) -> tuple[Tensor, Tensor]:
+    """`compact` in each of so many equal runs of slots, which stay in order.
+
+    With one shard k slots remain; with several each has as many as the fullest one of any row.
+    """
+    if num_shards == 1:
+        return compact(candidates_BS, keep_BS, k)
+    rows, length = candidates_BS.shape
+    each = length // num_shards
+    keep_XS = keep_BS.reshape(rows * num_shards, each)
+    most = max(1, int(keep_XS.sum(dim=1).max())) if rows else 1
+    index_XK, slot_XK = compact(candidates_BS.reshape(keep_XS.shape), keep_XS, most)
+    first_X = torch.arange(num_shards, device=slot_XK.device) * each
+    slot_XK = slot_XK + first_X.repeat(rows).unsqueeze(1)
+    shape = (rows, num_shards * index_XK.shape[1])
+    return index_XK.reshape(shape), slot_XK.reshape(shape)
 
 
 def take_rows(x_BSD: Tensor, index_BK: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from moebius.model.extent import Extent
 from moebius.model.parameters import ParameterModule, Role
 from moebius.model.program import LayerPlace, Visit
 from moebius.model.recursion.config import KVSharing
+from moebius.model.region import WHOLE, Region
 from moebius.model.visit import VisitLinear
 
 
@@ -27,6 +28,7 @@ class Attention(ParameterModule):
         super().__init__()
         self.config = config
         self.kv = kv_sharing(model, place)
+        self.region: Region = WHOLE
         hidden, adapter = model.hidden_size, model.depth.adapter
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
@@ -43,21 +45,23 @@ class Attention(ParameterModule):
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: DepthContext) -> tuple[Tensor, Carry]:
         """Mix each token with the earlier present tokens of its document, `[B, S, D]`."""
         rotates = self.config.positions == "rope"
-        cos_BSC, sin_BSC = ctx.tokens.cos_BSC, ctx.tokens.sin_BSC
+        cos_BSC, sin_BSC = ctx.tokens.rope_BQC
         deep = self.config.depth_attention
 
         def compute(x_BSD: Tensor) -> tuple[Tensor, RowKeys | None, Tensor | None, Tensor | None]:
-            heads = (*x_BSD.shape[:2], -1, self.config.head_dim)
-            q_BSHC = self.q.at(x_BSD, ctx).view(heads)
+            x_BSD = self.region.enter(x_BSD)
+            heads = (-1, self.config.head_dim)
+            q_BSHC = self.q.at(x_BSD, ctx).unflatten(-1, heads)
             q_BSHC = apply_rope(q_BSHC, cos_BSC, sin_BSC) if rotates else q_BSHC
             k_BSGC = v_BSGC = None
             if makes_keys(self.kv, ctx):
-                k_BSGC, v_BSGC = (p.at(x_BSD, ctx).view(heads) for p in (self.k, self.v))
+                k_BSGC, v_BSGC = (p.at(x_BSD, ctx).unflatten(-1, heads) for p in (self.k, self.v))
                 k_BSGC = apply_rope(k_BSGC, cos_BSC, sin_BSC) if rotates else k_BSGC
                 if deep is not None:
                     v_BSGC = mix_values(q_BSHC, k_BSGC, v_BSGC, carry, ctx, deep)
             mixed_BSHC, keys = attend(q_BSHC, k_BSGC, v_BSGC, carry, ctx, self.config, self.kv)
-            return self.out.at(mixed_BSHC.flatten(2), ctx), keys, k_BSGC, v_BSGC
+            y_BSD = self.region.leave(self.out.at(mixed_BSHC.flatten(2), ctx))
+            return y_BSD, keys, k_BSGC, v_BSGC
 
         y_BSD, keys, k_BSGC, v_BSGC = ctx.step.run(compute, x_BSD)
         after = carry  # `carry` itself is read again where `compute` is
@@ -113,13 +117,16 @@ def attend(
     if kv == "per_depth":
         assert k_BSGC is not None
         assert v_BSGC is not None
-        return core(q_BSHC, k_BSGC, v_BSGC, ctx.tokens.attention_mask_BSS), None
+        k_BJGC, v_BJGC = ctx.tokens.spread.join(k_BSGC), ctx.tokens.spread.join(v_BSGC)
+        mask_BQJ = ctx.tokens.attention_mask_BQS
+        return ctx.step.run_core(core, q_BSHC, k_BJGC, v_BJGC, mask_BQJ), None
     left = carry.row_keys.get(ctx.visit.layer)
     if k_BSGC is not None and v_BSGC is not None:
-        left = _leave(left if ctx.visit.depth > 1 else None, k_BSGC, v_BSGC, ctx.tokens)
+        k_BJGC, v_BJGC = ctx.tokens.spread.join(k_BSGC), ctx.tokens.spread.join(v_BSGC)
+        left = _leave(left if ctx.visit.depth > 1 else None, k_BJGC, v_BJGC, ctx.tokens)
     assert left is not None
-    mask_BSL = ctx.tokens.row_mask_BSL(left.present_BL)
-    return core(q_BSHC, left.k_BLGC, left.v_BLGC, mask_BSL), left
+    mask_BQL = ctx.tokens.row_mask_BQL(left.present_BL)
+    return ctx.step.run_core(core, q_BSHC, left.k_BLGC, left.v_BLGC, mask_BQL), left
 
 
 def _leave(old: RowKeys | None, k_BSGC: Tensor, v_BSGC: Tensor, tokens: TokenContext) -> RowKeys:

@@ -11,6 +11,7 @@ from moebius.model.config import BDHConfig, ModelConfig
 from moebius.model.context import DepthContext
 from moebius.model.extent import Extent
 from moebius.model.parameters import ParameterModule, ParameterSpec, Role
+from moebius.model.region import WHOLE, Region
 
 
 class BDHLayer(ParameterModule):
@@ -28,6 +29,7 @@ class BDHLayer(ParameterModule):
     def __init__(self, model: ModelConfig, config: BDHConfig) -> None:
         super().__init__()
         self.eps = model.norm_eps
+        self.region: Region = WHOLE
         heads, neurons, hidden = config.num_heads, config.neurons, model.hidden_size
         spec = ParameterSpec(Role.MATRIX, std=model.init_std)
         self.declare("encoder", (heads, hidden, neurons), spec)
@@ -40,20 +42,22 @@ class BDHLayer(ParameterModule):
         return x_BSD, carry
 
     def _compute(self, x_BSD: Tensor, ctx: DepthContext) -> Tensor:
-        tokens = ctx.tokens
-        u_BSHN = F.relu(torch.einsum("bsd,hdn->bshn", x_BSD, self.encoder))
-        key_BSHN = apply_rope(u_BSHN, tokens.cos_BSC, tokens.sin_BSC)
-        a_BSHD = self._normed(self._attend(key_BSHN, x_BSD, ctx))
-        y_BSHN = F.relu(torch.einsum("bshd,hdn->bshn", a_BSHD, self.encoder_v))
-        update_BSD = (u_BSHN * y_BSHN).flatten(2) @ self.decoder
+        seen_BQD = self.region.enter(x_BSD)
+        u_BQHN = F.relu(torch.einsum("bsd,hdn->bshn", seen_BQD, self.encoder))
+        key_BQHN = apply_rope(u_BQHN, *ctx.tokens.rope_BQC)
+        a_BQHD = self._normed(self._attend(key_BQHN, seen_BQD, ctx))
+        y_BQHN = F.relu(torch.einsum("bshd,hdn->bshn", a_BQHD, self.encoder_v))
+        update_BSD = self.region.leave((u_BQHN * y_BQHN).flatten(2) @ self.decoder)
         return self._normed(x_BSD + self._normed(update_BSD).to(x_BSD.dtype))
 
     def _attend(self, key_BSHN: Tensor, x_BSD: Tensor, ctx: DepthContext) -> Tensor:
         """What each token hears of the earlier ones, `[B, S, H, D]`."""
         cache = ctx.step.cache
         if cache is None:
-            mask_BSS = ctx.tokens.attention_mask_BSS.tril(-1)
-            return linear_attention(key_BSHN, key_BSHN, x_BSD, mask_BSS)
+            spread, length = ctx.tokens.spread, ctx.tokens.num_slots
+            before_SS = torch.ones(length, length, dtype=torch.bool, device=x_BSD.device).tril(-1)
+            mask_BQS = ctx.tokens.attention_mask_BQS & spread.part(before_SS.unsqueeze(0))
+            return linear_attention(key_BSHN, spread.join(key_BSHN), spread.join(x_BSD), mask_BQS)
 
         def hear(part: DepthContext, key: Tensor, x: Tensor) -> Tensor:
             k, v, mask = cache.extend(part, key, x.unsqueeze(2), "per_depth", strict=True)

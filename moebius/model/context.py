@@ -19,6 +19,7 @@ from moebius.kernels.depth_select import take_rows
 from moebius.model.ledger import Ledger
 from moebius.model.moe.replay import RoutingTable
 from moebius.model.program import Visit
+from moebius.model.spread import ALONE, Spread
 
 if TYPE_CHECKING:
     from moebius.model.generation.cache import KVCache
@@ -29,7 +30,10 @@ MAX_ROW = 1 << 24
 
 @dataclass(frozen=True)
 class TokenContext:
-    """Which tokens are present: rows as they are, or rows from which tokens have been taken."""
+    """Which tokens are present: rows as they are, or rows from which tokens have been taken.
+
+    Always of whole rows, also where several processes share them, see `Spread`.
+    """
 
     segment_ids_BS: Tensor
     """document of each token, int"""
@@ -49,6 +53,8 @@ class TokenContext:
     inside are then sums over tokens divided by this, or they would depend on how a batch is cut"""
     row: TokenContext | None = None
     """the full rows that tokens were taken from; None: these are the full rows"""
+    spread: Spread = ALONE
+    """which of the slots are whose"""
     slots_B: Tensor | None = None
     """where in the cache each row's earlier tokens are, int64; None without a cache"""
 
@@ -59,37 +65,66 @@ class TokenContext:
         cos_BSC: Tensor,
         sin_BSC: Tensor,
         sample_ids_B: Tensor,
+        spread: Spread = ALONE,
         slots_B: Tensor | None = None,
     ) -> TokenContext:
         """The context of full rows."""
         length = segment_ids_BS.shape[1]
         place = torch.arange(length, device=segment_ids_BS.device).expand_as(segment_ids_BS)
-        return cls(segment_ids_BS, cos_BSC, sin_BSC, sample_ids_B, place, length, slots_B=slots_B)
+        return cls(
+            segment_ids_BS,
+            cos_BSC,
+            sin_BSC,
+            sample_ids_B,
+            place,
+            length,
+            spread=spread,
+            slots_B=slots_B,
+        )
 
     def take(self, index_BK: Tensor, expected: float | None = None) -> TokenContext:
         """The context of the tokens at `index` of full rows (ascending, -1 for an empty slot)."""
+        valid_BK = index_BK >= 0
+        documents_BK = self.segment_ids_BS.gather(1, index_BK.clamp(min=0))
+        # An empty slot belongs to the document before it, so that none seems to begin there.
+        documents_BK = documents_BK.masked_fill(~valid_BK, -1).cummax(dim=1).values
         return TokenContext(
-            segment_ids_BS=self.segment_ids_BS.gather(1, index_BK.clamp(min=0)),
+            segment_ids_BS=documents_BK,
             cos_BSC=take_rows(self.cos_BSC, index_BK),
             sin_BSC=take_rows(self.sin_BSC, index_BK),
             sample_ids_B=self.sample_ids_B,
             place_BS=index_BK,
             row_length=self.row_length,
-            valid_BS=index_BK >= 0,
+            valid_BS=valid_BK,
             expected=expected,
             row=self,
+            spread=self.spread,
             slots_B=self.slots_B,
         )
 
-    @cached_property
-    def attention_mask_BSS(self) -> Tensor:
-        """See `document_mask`; made once for all layers of a pass."""
-        return document_mask(self.segment_ids_BS, self.valid_BS)
+    @property
+    def num_slots(self) -> int:
+        """Slots of a row, empty ones included."""
+        return self.place_BS.shape[1]
 
-    def row_mask_BSL(self, present_BL: Tensor) -> Tensor:
-        """Which tokens of the full rows each token may look at, of those that have left keys."""
-        row = self.row or self
-        return seen_mask(self.place_BS, self.segment_ids_BS, row.segment_ids_BS, present_BL)
+    @cached_property
+    def attention_mask_BQS(self) -> Tensor:
+        """Whom each token of the part may look at, see `document_mask`; made once for all layers
+        of a pass."""
+        return self.spread.part(document_mask(self.segment_ids_BS, self.valid_BS))
+
+    @cached_property
+    def rope_BQC(self) -> tuple[Tensor, Tensor]:
+        """The rotary tables of the part's tokens."""
+        return self.spread.part(self.cos_BSC), self.spread.part(self.sin_BSC)
+
+    def row_mask_BQL(self, present_BL: Tensor) -> Tensor:
+        """Which tokens of the full rows each token of the part may look at, of those that have left
+        keys."""
+        row, part = self.row or self, self.spread.part
+        return seen_mask(
+            part(self.place_BS), part(self.segment_ids_BS), row.segment_ids_BS, present_BL
+        )
 
     @cached_property
     def global_ids_T(self) -> Tensor:
@@ -111,6 +146,11 @@ token with later ones. threshold: each token by its own score, causal, the only 
 Where tokens choose their depth the two are the same."""
 
 
+Recompute = Literal["none", "selective", "full"]
+"""selective: the middle of attention and feed-forward, which takes most room and little time (Korthikanti
+et al. 2022, arXiv 2205.05198); full: whole sublayers"""
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What is the same for every layer of one forward pass."""
@@ -123,8 +163,8 @@ class StepContext:
     """of everything random in the forward pass"""
     training: bool = False
     """whether noise, capacities and sampling are on"""
-    recompute: bool = False
-    """whether activations inside sublayers are computed again in the backward pass"""
+    recompute: Recompute = "none"
+    """which activations are computed again in the backward pass"""
     micro_batch: int = 0
     """number of the micro-batch in its step"""
     replay: Mapping[str, RoutingTable] = field(default_factory=dict)
@@ -133,14 +173,17 @@ class StepContext:
     """keys and values of earlier tokens, read and extended; for generation"""
 
     def run(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
-        """`function(*inputs)`, tensors; with `recompute` its activations are not kept.
+        """A sublayer, `function(*inputs)` of tensors; with `full` its activations are not kept.
 
         Routers decide outside such a function and hand their decision in: what is computed again
         is the same, and statistics are taken once.
         """
-        if not self.recompute or not torch.is_grad_enabled():
-            return function(*inputs)
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return _call(function, inputs, again=self.recompute == "full")
+
+    def run_core(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
+        """The middle of a sublayer, without weights; with `selective` its activations are not
+        kept."""
+        return _call(function, inputs, again=self.recompute == "selective")
 
 
 @dataclass(frozen=True)
@@ -183,6 +226,12 @@ class DepthContext:
             replace(part, visit=visit) for part, visit in zip(self.parts, visits, strict=True)
         )
         return replace(self, visit=visits[0], parts=parts)
+
+
+def _call(function: Callable[..., Any], inputs: tuple[Tensor, ...], again: bool) -> Any:
+    if not again or not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _rows(value: Any, start: int, end: int) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moebius.kernels.cross_entropy import Vocabulary, locate
 from moebius.kernels.rope import rope_tables
 from moebius.model.bdh import BDHLayer
 from moebius.model.block import Block
@@ -21,6 +22,7 @@ from moebius.model.recursion.config import TokenChoiceConfig
 from moebius.model.recursion.expert_choice import ExpertChoice
 from moebius.model.recursion.routing import DepthRouting
 from moebius.model.recursion.token_choice import TokenChoice
+from moebius.model.region import WHOLE, Region
 
 
 class Embedding(ParameterModule):
@@ -31,10 +33,16 @@ class Embedding(ParameterModule):
     def __init__(self, vocab_size: int, hidden_size: int, std: float) -> None:
         super().__init__()
         self.declare("weight", (vocab_size, hidden_size), ParameterSpec(Role.EMBED, std=std))
+        self.vocabulary: Vocabulary | None = None
+        self.region: Region = WHOLE
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        """Look ids up, `[B, S, D]`."""
-        return F.embedding(tokens_BS, self.weight)
+        """Look ids up, `[B, S, D]`; an id that lives elsewhere has zeros here."""
+        if self.vocabulary is None:
+            return F.embedding(tokens_BS, self.weight)
+        row_BS, is_here_BS = locate(tokens_BS, self.vocabulary, len(self.weight))
+        here_BSD = F.embedding(row_BS, self.weight) * is_here_BS.unsqueeze(-1)
+        return self.region.leave(here_BSD)
 
 
 class Decoder(ParameterModule):
@@ -59,6 +67,7 @@ class Decoder(ParameterModule):
             _depth_routing(config, segment) for segment in self.program.segments if segment.router
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head_region: Region = WHOLE
         self.head: Linear | None = None
         if not config.tie_embeddings:
             self.head = Linear(config.hidden_size, config.vocab_size, Role.HEAD, config.init_std)
@@ -74,6 +83,15 @@ class Decoder(ParameterModule):
         """Rotary tables of these positions."""
         attention = self.config.attention
         return rope_tables(positions_BS, attention.head_dim, attention.rope_theta)
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """Which rows of embedding and head are here; None: all."""
+        return self.embedding.vocabulary
+
+    def head_input(self, x_BSD: Tensor) -> Tensor:
+        """What the head reads of the stream."""
+        return self.head_region.enter(self.norm(x_BSD))
 
     @property
     def head_weight(self) -> Tensor:

@@ -15,8 +15,9 @@ from moebius.model.decoder import Decoder
 from moebius.model.extent import Extent
 from moebius.model.ledger import Ledger
 from moebius.model.objective import TeacherModel, drawn_exits, exit_losses
-from moebius.model.program import Program, Segment, Visit
-from moebius.model.recursion.routing import DepthRouting
+from moebius.model.program import Program, Segment, Unit, Visit
+from moebius.model.recursion.routing import DepthRouting, LoopState
+from moebius.model.spread import ALONE, Spread
 
 
 class TokenBatch(Protocol):
@@ -58,12 +59,24 @@ class StepResult:
         return self.losses["loss"]
 
 
+@dataclass(frozen=True)
+class Flow:
+    """What flows from one unit of a program to the next; of the own slots."""
+
+    x_BSD: Tensor
+    """the residual stream"""
+    carry: Carry
+    loop: LoopState | None = None
+    """between the passes of a routed loop"""
+
+
 class LocalExecutor:
     """Passes token batches through a decoder on one device.
 
     With `autocast_dtype` matrix products run in that precision; parameters, residual stream,
     routers and losses stay in fp32. `program` is the decoder's own unless given: one with fewer
-    passes or other shares can be run with the same weights.
+    passes or other shares can be run with the same weights. Where several processes share rows,
+    each is given whole rows, and `spread` says which of the slots are its own.
     """
 
     def __init__(
@@ -71,25 +84,31 @@ class LocalExecutor:
         decoder: Decoder,
         autocast_dtype: torch.dtype | None = None,
         program: Program | None = None,
+        spread: Spread = ALONE,
     ) -> None:
         self.decoder = decoder
         self.autocast_dtype = autocast_dtype
         self.program = program or decoder.program
+        self.spread = spread
 
     def accumulate_gradients(
         self,
         micro_batches: Sequence[TokenBatch],
         step: StepContext | None = None,
         teacher: TeacherModel | None = None,
+        num_labels: int | None = None,
     ) -> StepResult:
         """Add to the parameters the gradients of the mean loss over all micro-batches' labels.
+
+        With `num_labels` of the whole step these micro-batches are a part of it: losses and
+        gradients are what they add to those of the step.
 
         However a batch is cut into micro-batches, the sum is the same: every loss is divided by
         counts over the whole step, known before the first backward pass. `step` says how to run
         them; its own ledger stays empty, each micro-batch has one with its share of the labels.
         """
         step = step or StepContext("topk", Ledger(), training=True)
-        num_labels = sum(batch.labels_BS.numel() for batch in micro_batches)
+        num_labels = num_labels or sum(batch.labels_BS.numel() for batch in micro_batches)
         ledgers: list[Ledger] = []
         losses: dict[str, Tensor] = {}
         for number, batch in enumerate(micro_batches):
@@ -111,21 +130,28 @@ class LocalExecutor:
         exits = drawn_exits(self.decoder.config.exits, self.program, step)
         with self.autocast(batch.tokens_BS.device):
             hidden = self.exit_hiddens(batch, step, exits)
-            return exit_losses(self.decoder, batch, hidden, teacher)
+            labels_T = self.spread.part(batch.labels_BS).flatten()
+            if teacher is None:
+                return exit_losses(self.decoder, labels_T, hidden)
+            lesson = teacher.predict(batch)
+            return exit_losses(self.decoder, labels_T, hidden, lesson, teacher.coefficient)
 
     @torch.no_grad()
     def token_losses(
         self, batch: TokenBatch, step: StepContext, exits: Sequence[int] = ()
     ) -> dict[int, Tensor]:
-        """Cross-entropy of each label `[B, S]` at some exits, by default the last."""
+        """Cross-entropy of each label of the part, `[B, S]`, at some exits, by default the last."""
         exits = exits or (len(self.program.visits),)
         with self.autocast(batch.tokens_BS.device):
             hidden = self.exit_hiddens(batch, step, exits)
-            weight, labels_T = self.decoder.head_weight, batch.labels_BS.flatten()
+            decoder, labels_BS = self.decoder, self.spread.part(batch.labels_BS)
             return {
-                number: token_cross_entropy(h.flatten(0, 1), weight, labels_T).view_as(
-                    batch.labels_BS
-                )
+                number: token_cross_entropy(
+                    h.flatten(0, 1),
+                    decoder.head_weight,
+                    labels_BS.flatten(),
+                    vocabulary=decoder.vocabulary,
+                ).view_as(labels_BS)
                 for number, h in hidden.items()
             }
 
@@ -137,35 +163,39 @@ class LocalExecutor:
     def exit_hiddens(
         self, batch: TokenBatch, step: StepContext, exits: Sequence[int]
     ) -> dict[int, Tensor]:
-        """The normalised hidden states after so many visits, `[B, S, D]`; nothing runs after the
-        last of them."""
-        decoder = self.decoder
-        tokens = TokenContext.of_rows(
-            batch.segment_ids_BS, *decoder.rope(batch.positions_BS), batch.sample_ids_B
-        )
-        streams = self.streams(decoder.embed(batch.tokens_BS), tokens, step, exits)
+        """The normalised hidden states of the part after so many visits, `[B, S, D]`; nothing runs
+        after the last of them."""
+        x_BSD = self.decoder.embed(self.spread.part(batch.tokens_BS))
+        streams = self.streams(x_BSD, self.tokens(batch), step, exits)
         step.ledger.work.head_tokens += len(exits) * batch.tokens_BS.numel()
-        return {number: decoder.norm(stream) for number, stream in streams.items()}
+        return {number: self.decoder.head_input(stream) for number, stream in streams.items()}
+
+    def tokens(self, batch: TokenBatch) -> TokenContext:
+        """The context of a batch's rows."""
+        rope = self.decoder.rope(batch.positions_BS)
+        return TokenContext.of_rows(
+            batch.segment_ids_BS, *rope, batch.sample_ids_B, spread=self.spread
+        )
 
     def streams(
         self, x_BSD: Tensor, tokens: TokenContext, step: StepContext, exits: Sequence[int]
     ) -> dict[int, Tensor]:
         """The residual stream after so many visits, `[B, S, D]`, for each of `exits`."""
-        carry = Carry()
+        flow = Flow(x_BSD, Carry())
         found: dict[int, Tensor] = {}
-        done = 0
-        for segment in self.program.until(max(exits)).segments:
-            if segment.router is not None:
-                x_BSD, carry = self._recurse(x_BSD, carry, tokens, segment, step, exits, found)
-                continue
-            for visit in (visit for visits in segment.passes for visit in visits):
-                x_BSD, carry = self._pass(x_BSD, carry, tokens, (visit,), step)
-                done = visit.index + 1
-                if done in exits:
-                    found[done] = x_BSD
+        for unit in self.program.until(max(exits)).units:
+            flow = self.run(unit, flow, tokens, step)
+            if unit.end in exits:
+                found[unit.end] = flow.x_BSD
         return found
 
-    def _pass(
+    def run(self, unit: Unit, flow: Flow, tokens: TokenContext, step: StepContext) -> Flow:
+        """One visit, or one pass of a routed loop."""
+        if unit.segment is not None:
+            return self._recurse(unit.segment, unit, flow, tokens, step)
+        return Flow(*self._visit(flow.x_BSD, flow.carry, tokens, unit.visits, step))
+
+    def _visit(
         self,
         x_BSD: Tensor,
         carry: Carry,
@@ -173,8 +203,7 @@ class LocalExecutor:
         visits: tuple[Visit, ...],
         step: StepContext,
     ) -> tuple[Tensor, Carry]:
-        num_rows, length = x_BSD.shape[:2]
-        extent = Extent.of(num_rows, length, tokens.row_length)
+        extent = Extent.of(len(x_BSD), tokens.num_slots, tokens.row_length)
         for visit in visits:
             step.ledger.work.add_visit(visit, extent)
             context = DepthContext(visit, tokens, step, self.decoder.shared)
@@ -182,38 +211,26 @@ class LocalExecutor:
         return x_BSD, carry
 
     def _recurse(
-        self,
-        x_BSD: Tensor,
-        carry: Carry,
-        tokens: TokenContext,
-        segment: Segment,
-        step: StepContext,
-        exits: Sequence[int],
-        found: dict[int, Tensor],
-    ) -> tuple[Tensor, Carry]:
-        """Repeat the block on ever fewer tokens; the others wait unchanged in the loop's state."""
+        self, segment: Segment, unit: Unit, flow: Flow, tokens: TokenContext, step: StepContext
+    ) -> Flow:
+        """The block on the tokens of a pass; the others wait unchanged in the loop's state."""
         routing = cast(DepthRouting, self.decoder.depth_routers[segment.number])
-        length = x_BSD.shape[1]
-        context = DepthContext(segment.passes[0][0], tokens, step, self.decoder.shared)
-        state = routing.begin(x_BSD, context, segment.num_passes)
-        shares = segment.shares(step.step)
-        for share, visits in zip(shares, segment.passes, strict=True):
-            step.ledger.work.add_candidates(segment.site(visits[0].depth), state.active_BK.numel())
-            state, chosen = routing.admit(state, share, replace(context, visit=visits[0]))
-            index_BK = chosen.index_BK
-            inner_BKD = take_rows(state.inner_BSD, index_BK)
-            outer_BKD, inner_carry = self._pass(
-                inner_BKD,
-                carry.take(index_BK),
-                tokens.take(index_BK, chosen.expected),
-                visits,
-                step,
-            )
-            state = routing.absorb(state, chosen, inner_BKD, outer_BKD, visits[0].depth)
-            carry = carry.put(index_BK, inner_carry, length)
-            if visits[-1].index + 1 in exits:
-                found[visits[-1].index + 1] = state.stream_BSD
-        return state.stream_BSD, carry
+        depth = unit.visits[0].depth
+        context = DepthContext(unit.visits[0], tokens, step, self.decoder.shared)
+        state = flow.loop or routing.begin(flow.x_BSD, context, segment.num_passes)
+        step.ledger.work.add_candidates(segment.site(depth), state.active_BK.numel())
+        state, chosen = routing.admit(state, segment.shares(step.step)[depth - 1], context)
+        inner_BKD = take_rows(state.inner_BSD, chosen.own_BK)
+        outer_BKD, carry = self._visit(
+            inner_BKD,
+            flow.carry.take(chosen.own_BK),
+            tokens.take(chosen.index_BK, chosen.expected),
+            unit.visits,
+            step,
+        )
+        state = routing.absorb(state, chosen, inner_BKD, outer_BKD)
+        carry = flow.carry.put(chosen.own_BK, carry, state.stream_BSD.shape[1])
+        return Flow(state.stream_BSD, carry, None if unit.is_last else state)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The precision of matrix products."""

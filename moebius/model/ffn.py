@@ -8,6 +8,7 @@ from moebius.model.config import ModelConfig
 from moebius.model.context import DepthContext
 from moebius.model.parameters import ParameterModule, Role
 from moebius.model.program import LayerPlace
+from moebius.model.region import WHOLE, Region
 from moebius.model.visit import VisitLinear
 
 
@@ -16,6 +17,7 @@ class SwiGLU(ParameterModule):
 
     def __init__(self, model: ModelConfig, intermediate_size: int, place: LayerPlace) -> None:
         super().__init__()
+        self.region: Region = WHOLE
 
         def linear(in_size: int, out_size: int) -> VisitLinear:
             adapter, depths = model.depth.adapter, place.num_depths
@@ -32,8 +34,15 @@ class SwiGLU(ParameterModule):
 
     def project(self, x_BSD: Tensor, ctx: DepthContext) -> Tensor:
         """The function itself."""
-        return self.down.at(F.silu(self.gate.at(x_BSD, ctx)) * self.up.at(x_BSD, ctx), ctx)
+        x_BSD = self.region.enter(x_BSD)
+        inner = ctx.step.run_core(gated, self.gate.at(x_BSD, ctx), self.up.at(x_BSD, ctx))
+        return self.region.leave(self.down.at(inner, ctx))
 
     def flops(self, num_tokens: int) -> int:
         """Forward FLOPs of the three projections."""
         return sum(linear.flops(num_tokens) for linear in (self.gate, self.up, self.down))
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`."""
+    return F.silu(gate) * up

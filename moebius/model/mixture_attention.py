@@ -58,10 +58,10 @@ class MixtureAttention(ParameterModule):
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: DepthContext) -> tuple[Tensor, Carry]:
         """Mix each token with the earlier present tokens of its document, `[B, S, D]`."""
         routed = route(self.routers, x_BSD, carry, ctx)
-        ids_TK = routed.routing.ids_TK
+        ids_TK, own_weights_TK = routed.own(ctx.tokens)
         slots = ids_TK.shape[1]
         rotates = self.config.positions == "rope"
-        cos_BSC, sin_BSC = ctx.tokens.cos_BSC, ctx.tokens.sin_BSC
+        cos_BSC, sin_BSC = ctx.tokens.rope_BQC
 
         def compute(x_BSD: Tensor, weights_TK: Tensor) -> tuple[Tensor, RowKeys | None]:
             x_TD = x_BSD.flatten(0, 1)
@@ -69,22 +69,22 @@ class MixtureAttention(ParameterModule):
             q_RA = grouped_linear(dispatch.rows_RD, self.q, dispatch.ends_E)
             q_XA = q_RA.new_zeros(ids_TK.numel(), q_RA.shape[1])
             q_XA = q_XA.index_copy(0, dispatch.assignment_R, q_RA)
-            q_BSHC = self._to_heads(q_XA.view(*x_BSD.shape[:2], slots, -1))
+            q_BSHC = self._to_heads(q_XA.view(*x_BSD.shape[:2], slots, q_RA.shape[1]))
             q_BSHC = apply_rope(q_BSHC, cos_BSC, sin_BSC) if rotates else q_BSHC
             k_BSGC = v_BSGC = None
             if makes_keys(self.kv, ctx):
-                kv_heads = (*x_BSD.shape[:2], -1, self.config.head_dim)
-                k_BSGC, v_BSGC = (p.at(x_BSD, ctx).view(kv_heads) for p in (self.k, self.v))
+                heads = (-1, self.config.head_dim)
+                k_BSGC, v_BSGC = (p.at(x_BSD, ctx).unflatten(-1, heads) for p in (self.k, self.v))
                 k_BSGC = apply_rope(k_BSGC, cos_BSC, sin_BSC) if rotates else k_BSGC
             mixed_BSHC, keys = attend(q_BSHC, k_BSGC, v_BSGC, carry, ctx, self.config, self.kv)
-            mixed_XA = self._from_heads(mixed_BSHC, slots).reshape(ids_TK.numel(), -1)
+            mixed_XA = self._from_heads(mixed_BSHC, slots).reshape(q_XA.shape)
             mixed_RA = mixed_XA.index_select(0, dispatch.assignment_R)
             mixed_RA = mixed_RA * dispatch.weights_R.to(mixed_RA.dtype).unsqueeze(1)
             rows_RD = grouped_linear(mixed_RA, self.out, dispatch.ends_E)
             y_TD = self.dispatcher.combine(rows_RD, dispatch, torch.zeros_like(x_TD))
             return y_TD.view_as(x_BSD), keys
 
-        y_BSD, keys = ctx.step.run(compute, x_BSD, routed.routing.weights_TK)
+        y_BSD, keys = ctx.step.run(compute, x_BSD, own_weights_TK)
         after = routed.carry
         if keys is not None:
             after = replace(after, row_keys={**after.row_keys, ctx.visit.layer: keys})

@@ -64,28 +64,27 @@ def drawn_exits(config: ExitsConfig | None, program: Program, step: StepContext)
 
 def exit_losses(
     decoder: Decoder,
-    batch: TokenBatch,
+    labels_T: Tensor,
     hidden: Mapping[int, Tensor],
-    teacher: TeacherModel | None,
+    lesson: Teacher | None = None,
+    coefficient: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What is differentiated, a sum over labels, and the sums to report by name.
 
     `sum_i a_i CE_i` with a = 1 at the last exit (Sorted LLaMA; early exits of Relaxed Recursive
     Transformers), and `a_i * KL(last || exit i)` with self-distillation, the last exit's
-    predictions detached. A teacher adds its KL at the last exit.
+    predictions detached. A lesson adds `coefficient` times the KL from it at the last exit.
     """
     config, exits = decoder.config.exits, sorted(hidden)
     weights = _exit_weights(config, len(exits))
-    labels_T, weight_VD = batch.labels_BS.flatten(), decoder.head_weight
+    weight_VD, vocabulary = decoder.head_weight, decoder.vocabulary
     *early, final = (hidden[number].flatten(0, 1) for number in exits)
-    taught, coefficient = None, 0.0
-    if teacher is not None:
-        taught, coefficient = teacher.predict(batch), teacher.coefficient * weights[-1]
+    of_lesson = None if lesson is None else [coefficient * weights[-1]]
     last = linear_cross_entropy(
-        [final], weight_VD, labels_T, weights[-1:], [coefficient] if taught else None, taught
+        [final], weight_VD, labels_T, weights[-1:], of_lesson, lesson, vocabulary=vocabulary
     )
     sums = {"loss": last.ce_X[0]}
-    if taught is not None:
+    if lesson is not None:
         sums["distillation_loss"] = last.kl_X[0]
     if not early or config is None:
         return last.total, sums
@@ -93,7 +92,9 @@ def exit_losses(
     if config.self_distillation:
         itself = Teacher(final.detach(), weight_VD.detach())
         kl_weights = [config.self_distillation * weight for weight in weights[:-1]]
-    others = linear_cross_entropy(early, weight_VD, labels_T, weights[:-1], kl_weights, itself)
+    others = linear_cross_entropy(
+        early, weight_VD, labels_T, weights[:-1], kl_weights, itself, vocabulary=vocabulary
+    )
     for number, loss in zip(exits[:-1], others.ce_X, strict=True):
         sums[f"exit_{number}_loss"] = loss
     return last.total + others.total, sums

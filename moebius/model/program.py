@@ -99,6 +99,22 @@ class Segment:
         return self.router.shares(self.num_passes, step)[: len(self.passes)]
 
 
+@dataclass(frozen=True)
+class Unit:
+    """What is never cut in two: a visit, or a pass of a routed loop."""
+
+    visits: tuple[Visit, ...]
+    segment: Segment | None = None
+    """the routed loop"""
+    is_last: bool = True
+    """whether the loop ends with it"""
+
+    @property
+    def end(self) -> int:
+        """How many visits are done after it."""
+        return self.visits[-1].index + 1
+
+
 FINAL_STEP = sys.maxsize
 """a step at which every schedule has ended"""
 
@@ -113,6 +129,18 @@ class Program:
     def visits(self) -> tuple[Visit, ...]:
         """All visits in order of execution."""
         return tuple(v for segment in self.segments for visits in segment.passes for v in visits)
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """All visits and routed passes in order of execution."""
+        units: list[Unit] = []
+        for segment in self.segments:
+            if segment.router is None:
+                units += [Unit((visit,)) for visits in segment.passes for visit in visits]
+                continue
+            last = segment.passes[-1]
+            units += [Unit(visits, segment, visits == last) for visits in segment.passes]
+        return tuple(units)
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from moebius.config import ConfigNode, Problem
 from moebius.data.config import DATA_RULES, DataConfig
 from moebius.model.config import ModelConfig
+from moebius.model.context import Recompute
 from moebius.model.recursion.config import TokenChoiceConfig
 from moebius.model.rules import MODEL_RULES
 from moebius.trainer.optim import OptimConfig
@@ -31,9 +32,10 @@ class TrainConfig(ConfigNode):
     """auto: cuda where there is one"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products under autocast; parameters, routers and losses stay in fp32"""
-    recompute: bool = False
-    """compute activations inside attention and feed-forward again in the backward pass instead of
-    keeping them; routers decide once, and the numbers stay the same"""
+    recompute: Recompute = "none"
+    """activations that are computed again in the backward pass instead of being kept: selective,
+    those between the projections of attention and dense feed-forwards; full, all inside of
+    sublayers; routers decide once, and the numbers stay the same"""
 
 
 class DistillationConfig(ConfigNode):

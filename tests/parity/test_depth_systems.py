@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebius.model.context import StepContext
+from moebius.model.context import Recompute, StepContext
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
@@ -44,7 +44,7 @@ class Left:
 
 
 def train(
-    decoder: Decoder, rows: int, recompute: bool, teacher: TeacherModel | None = None
+    decoder: Decoder, rows: int, recompute: Recompute, teacher: TeacherModel | None = None
 ) -> Left:
     """Two SGD steps on the same batch in micro-batches of so many rows."""
     executor = LocalExecutor(copy.deepcopy(decoder))
@@ -88,8 +88,8 @@ def assert_equal(got: Any, expected: Any, path: str) -> None:
 
 def assert_no_cut_matters(decoder: Decoder, teacher: TeacherModel | None = None) -> Left:
     """1 x 4 rows against 4 x 1, each with and without recomputation."""
-    expected = train(decoder, ROWS, recompute=False, teacher=teacher)
-    for rows, recompute in [(1, False), (1, True), (ROWS, True)]:
+    expected = train(decoder, ROWS, recompute="none", teacher=teacher)
+    for rows, recompute in [(1, "none"), (1, "full"), (1, "selective"), (ROWS, "full")]:
         got = train(decoder, rows, recompute, teacher)
         assert_equal(vars(got), vars(expected), f"{rows} rows, recompute {recompute}")
     return expected

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moebius.model.config import ModelConfig
-from moebius.model.context import StepContext
+from moebius.model.context import Recompute, StepContext
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor, TokenBatch
 from moebius.model.ledger import Ledger
@@ -68,7 +68,9 @@ class Trained:
     initial: dict[str, Tensor]
 
 
-def train(decoder: Decoder, rows: int, recompute: bool, replay: dict[str, RoutingTable]) -> Trained:
+def train(
+    decoder: Decoder, rows: int, recompute: Recompute, replay: dict[str, RoutingTable]
+) -> Trained:
     """Two SGD steps on the same batch in micro-batches of so many rows."""
     executor = LocalExecutor(copy.deepcopy(decoder))
     batch = whole_batch()
@@ -158,8 +160,8 @@ def test_cut_and_recomputation_change_nothing(name: str, depth: str) -> None:
     replay = {}
     if name == "duo_llm_replay":
         replay = {"runs/routing/duo_llm_random/routing": recorded_routing(depth)}
-    expected = train(decoder, ROWS, recompute=False, replay=replay)
-    for rows, recompute in [(1, False), (ROWS, True), (2, True)]:
+    expected = train(decoder, ROWS, recompute="none", replay=replay)
+    for rows, recompute in [(1, "none"), (ROWS, "full"), (2, "selective")]:
         assert_same(train(decoder, rows, recompute, replay), expected)
     assert_exercised(expected, name)
 

@@ -247,7 +247,7 @@ class DepthBatchedGenerator:
         stay = [group[i] for i in rows.tolist()]
         rows = rows.to(state.stream_BSD.device)
         state = state.select(rows)
-        chosen = Selection(chosen.index_BK[rows], chosen.gate_BK[rows])
+        chosen = chosen.select(rows)
         context = replace(context, tokens=self._tokens(stay)) if stay else context
         return Wave(stay, context, state.inner_BSD, state, chosen), left
 
@@ -259,7 +259,7 @@ class DepthBatchedGenerator:
         depth = wave.travellers[0].passes + 1
         if state is not None and wave.chosen is not None:
             routing = self._routing(segment)
-            state = routing.absorb(state, wave.chosen, wave.inner, outer_BSD, depth)
+            state = routing.absorb(state, wave.chosen, wave.inner, outer_BSD)
             x_BSD = state.stream_BSD
         is_past = depth == len(segment.passes)
         after = []

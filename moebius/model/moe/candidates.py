@@ -39,7 +39,7 @@ class GroupLimited(Candidates):
         mask_TN = torch.ones_like(select_TN, dtype=torch.bool)
         size = num_dispatched // self.num_groups
         mask_TN[:, :num_dispatched] = (
-            kept_TG.unsqueeze(-1).expand(-1, -1, size).reshape(num_tokens, -1)
+            kept_TG.unsqueeze(-1).expand(-1, -1, size).reshape(num_tokens, num_dispatched)
         )
         return mask_TN
 

@@ -1,6 +1,8 @@
 """Moving tokens to experts and back: the seam for expert parallelism."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +22,31 @@ class Dispatch:
     """token each row came from"""
 
 
+class Dispatcher(Protocol):
+    """Brings tokens to the experts that live here, and what these make of them back.
+
+    An assignment that is empty or needs no product makes no row and never travels. Every process
+    of a group takes part in each call, with or without tokens.
+    """
+
+    def send(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, sizes: Sequence[int]
+    ) -> Callable[[], Dispatch]:
+        """Send tokens off; the result waits for those that come here. `sizes` are the numbers of
+        experts of each group of the pool, whose ids follow each other."""
+
+    def combine(self, rows_RD: Tensor, dispatch: Dispatch, y_TD: Tensor) -> Tensor:
+        """`y` plus each row at the token it came from."""
+
+
 class LocalDispatcher:
-    """All experts live here; an assignment that is empty or needs no product makes no row."""
+    """All experts live here."""
+
+    def send(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, sizes: Sequence[int]
+    ) -> Callable[[], Dispatch]:
+        """See `Dispatcher`; nothing is on its way."""
+        return lambda: self.dispatch(x_TD, ids_TK, weights_TK, sum(sizes))
 
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_dispatched: int

@@ -1,6 +1,6 @@
 """The expert pool: groups of experts that tokens are sent to, and experts computed in place."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import cast
 
@@ -14,7 +14,7 @@ from moebius.kernels.gru import gru_scan
 from moebius.kernels.zero_experts import affine_experts
 from moebius.model.context import TokenContext
 from moebius.model.moe.config import ExpertSpec, MoEConfig
-from moebius.model.moe.dispatch import LocalDispatcher
+from moebius.model.moe.dispatch import Dispatcher, LocalDispatcher
 from moebius.model.moe.pool import DISPATCHED, PoolShape
 from moebius.model.parameters import ParameterModule, ParameterSpec, Role
 
@@ -173,38 +173,58 @@ class ExpertPool(ParameterModule):
                 width = _width(spec)
                 self.recurrent.extend(GRUExpert(hidden_size, width, std) for _ in range(count))
         self.zero = ZeroComputationExperts(hidden_size, self.shape, std)
-        self.dispatcher = LocalDispatcher()
+        self.local_sizes = self.sizes
+        """experts of each group that live here: all of them"""
+        self.dispatcher: Dispatcher = LocalDispatcher()
 
     def forward(
+        self,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        tokens: TokenContext,
+        beside: Callable[[], Tensor | None] | None = None,
+    ) -> Tensor:
+        """Weighted sum of each token's experts, `[T, D]`, plus what `beside` makes.
+
+        Everything that is computed where the tokens are is, while others are on their way.
+        """
+        arrive = self.dispatcher.send(x_TD, ids_TK, weights_TK, self.sizes) if self.groups else None
+        y_TD = self._in_place(x_TD, ids_TK, weights_TK, tokens)
+        always_TD = beside() if beside is not None else None
+        if always_TD is not None:
+            y_TD = y_TD + always_TD.to(y_TD.dtype)
+        if arrive is None:
+            return y_TD
+        dispatch = arrive()
+        rows_RD = self._compute(dispatch.rows_RD, dispatch.weights_R, dispatch.ends_E)
+        return self.dispatcher.combine(rows_RD, dispatch, y_TD)
+
+    def _in_place(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, tokens: TokenContext
     ) -> Tensor:
-        """Weighted sum of each token's experts, `[T, D]`."""
-        y_TD: Tensor
+        """The part of experts that no token is sent to."""
         weights_TN = _by_expert(ids_TK, weights_TK, self.shape.num_experts)
-        y_TD = self.zero(x_TD, weights_TN)
+        y_TD: Tensor = self.zero(x_TD, weights_TN)
         for number, expert in enumerate(self._recurrent()):
             weight_T1 = weights_TN[:, self.shape.first("gru") + number].unsqueeze(1)
             y_TD = y_TD + (weight_T1 * expert(x_TD, tokens)).to(y_TD.dtype)
-        if not self.groups:
-            return y_TD
-        dispatch = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK, sum(self.sizes))
-        rows_RD = self._compute(dispatch.rows_RD, dispatch.weights_R, dispatch.ends_E)
-        return self.dispatcher.combine(rows_RD, dispatch, y_TD)
+        return y_TD
 
     def _compute(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
         """Each group's rows by its experts."""
         groups = self._groups()
         if len(groups) == 1:
             return groups[0](rows_RD, weights_R, ends_E)
-        last = torch.tensor(list(accumulate(self.sizes)), device=ends_E.device) - 1
+        last = torch.tensor(list(accumulate(self.local_sizes)), device=ends_E.device) - 1
         bounds = [0, *ends_E[last].tolist()]  # rows per group decide shapes: the host must know
         first = 0
         parts = []
         for number, group in enumerate(groups):
             start, end = bounds[number : number + 2]
-            ends = ends_E[first : first + self.sizes[number]] - start
+            ends = ends_E[first : first + self.local_sizes[number]] - start
             parts.append(group(rows_RD[start:end], weights_R[start:end], ends))
-            first += self.sizes[number]
+            first += self.local_sizes[number]
         return torch.cat(parts)
 
     def _groups(self) -> list[DispatchedExperts]:

@@ -53,17 +53,19 @@ class MoE(ParameterModule):
         """
         routed = route(self.routers, x_BSD, carry, ctx, iteration)
         pool = self.pool(ctx.shared)
-        ids_TK = routed.routing.ids_TK
+        ids_TK, own_weights_TK = routed.own(ctx.tokens)
 
         def compute(x_BSD: Tensor, weights_TK: Tensor) -> Tensor:
-            y_TD: Tensor = pool(x_BSD.flatten(0, 1), ids_TK, weights_TK, ctx.tokens)
-            y_BSD = y_TD.view_as(x_BSD)
-            if self.shared is None or self.config.shared is None:
-                return y_BSD
-            always: Tensor = self.shared.project(x_BSD, ctx)
-            return y_BSD + (self.config.shared.scale * always).to(y_BSD.dtype)
+            def beside() -> Tensor | None:
+                if self.shared is None or self.config.shared is None:
+                    return None
+                always_BSD: Tensor = self.config.shared.scale * self.shared.project(x_BSD, ctx)
+                return always_BSD.flatten(0, 1)
 
-        y_BSD = ctx.step.run(compute, x_BSD, routed.routing.weights_TK)
+            y_TD: Tensor = pool(x_BSD.flatten(0, 1), ids_TK, weights_TK, ctx.tokens, beside)
+            return y_TD.view_as(x_BSD)
+
+        y_BSD = ctx.step.run(compute, x_BSD, own_weights_TK)
         return routed.attach_losses(y_BSD, ctx.step.ledger), routed.carry
 
     def pool(self, shared: nn.ModuleDict) -> ExpertPool:

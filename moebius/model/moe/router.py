@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moebius.model.carry import Carry
 from moebius.model.config import ModelConfig
-from moebius.model.context import DepthContext
+from moebius.model.context import DepthContext, TokenContext
 from moebius.model.ledger import Ledger
 from moebius.model.moe.config import RouterConfig
 from moebius.model.moe.controllers import Controller, score_histogram
@@ -35,6 +35,14 @@ class Routed:
     """name, value, coefficient"""
     affinity_TN: Tensor
     """what the weights were made of"""
+
+    def own(self, tokens: TokenContext) -> tuple[Tensor, Tensor]:
+        """Ids and weights of the own slots, `[T, K]`: decisions are of whole rows."""
+        shape, spread = tokens.place_BS.shape, tokens.spread
+        ids_TK, weights_TK = self.routing.ids_TK, self.routing.weights_TK
+        own_ids_BSK = spread.own(ids_TK.unflatten(0, shape))
+        own_weights_BSK = spread.own(weights_TK.unflatten(0, shape))
+        return own_ids_BSK.flatten(0, 1), own_weights_BSK.flatten(0, 1)
 
     def attach_losses(self, y: Tensor, ledger: Ledger, prefix: str = "") -> Tensor:
         """`y` unchanged, with the losses on it, see `Ledger.attach`."""
@@ -110,7 +118,10 @@ class Router(ParameterModule):
             self.register_buffer("last_probs_UN", torch.zeros(shape))
 
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: DepthContext, site: Site) -> Routed:
-        """Route each token, book the statistics of the site, and work out its losses."""
+        """Route each token, book the statistics of the site, and work out its losses.
+
+        `x` and `carry` are of the own slots, what is decided is of whole rows.
+        """
         by_document = self.config.scorer.granularity == "document"
         route = RouteContext(site, self.sites.index(site), ctx.tokens, ctx.step, by_document)
         with torch.autocast(x_BSD.device.type, enabled=False):
@@ -124,7 +135,7 @@ class Router(ParameterModule):
             # Losses are means over the tokens that are there, or that are expected to be.
             part: Tensor | float = 1.0
             if ctx.tokens.expected is not None:
-                part = route.valid_T.sum() / ctx.tokens.expected
+                part = route.valid_T.sum() / (ctx.tokens.expected or 1.0)
             losses = tuple(
                 (
                     loss.kind,
@@ -147,7 +158,7 @@ class Router(ParameterModule):
             x_BSD = x_BSD.gather(1, start_BS1.expand_as(x_BSD))
         x_TD = x_BSD.flatten(0, 1)
         if scorer.jitter and route.step.training:
-            noise_TD = route.uniform("jitter", x_TD.shape[1])
+            noise_TD = route.uniform("jitter", x_TD.shape[1], own=True)
             x_TD = x_TD * (1 + scorer.jitter * (2 * noise_TD - 1))
         name = self.sublayer
         if self.looks_back == "prev_depth":
@@ -157,7 +168,8 @@ class Router(ParameterModule):
         logits_TN, state = self.scorer(x_TD, state, shared)
         if state is not None:
             carry = carry.with_state(name, state.unflatten(0, x_BSD.shape[:2]))
-        return logits_TN, carry
+        logits_BSN = route.tokens.spread.whole(logits_TN.unflatten(0, x_BSD.shape[:2]))
+        return logits_BSN.flatten(0, 1), carry
 
     def _scores(self, logits_TN: Tensor, route: RouteContext) -> Scores:
         """What selection sees; the bias never reaches the weights."""

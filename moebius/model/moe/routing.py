@@ -74,9 +74,13 @@ class RouteContext:
             )
         return self.tokens.valid_BS.flatten()
 
-    def uniform(self, purpose: str, columns: int) -> Tensor:
-        """Uniform numbers per token, `[T, columns]`; a function of seed, step, site and token."""
-        return uniform(self._key(purpose), self._counter_T(), columns)
+    def uniform(self, purpose: str, columns: int, own: bool = False) -> Tensor:
+        """Uniform numbers per token, `[T, columns]`; a function of seed, step, site and token.
+        With `own` those of the own slots only."""
+        counter_T = self._counter_T()
+        if own:
+            counter_T = self.tokens.spread.own(counter_T.view(self.shape)).flatten()
+        return uniform(self._key(purpose), counter_T, columns)
 
     def normal(self, purpose: str, columns: int) -> Tensor:
         """Standard normal numbers per token, `[T, columns]`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moebius.kernels.depth_select import (
     add_rows,
-    compact,
+    compact_shards,
     scatter_counts,
     take_rows,
     top_k_mask,
@@ -26,7 +26,7 @@ from moebius.model.recursion.config import (
     DepthScorer,
     ExpertChoiceConfig,
 )
-from moebius.model.recursion.routing import DepthRouting, LoopState, Selection, everyone
+from moebius.model.recursion.routing import DepthRouting, LoopState, Selection, everyone, longest
 
 
 class ExpertChoice(DepthRouting):
@@ -53,22 +53,22 @@ class ExpertChoice(DepthRouting):
 
     def begin(self, x_BSD: Tensor, ctx: DepthContext, num_passes: int) -> LoopState:
         """Everyone is a candidate."""
-        return LoopState(x_BSD, x_BSD, everyone(x_BSD))
+        return LoopState(x_BSD, x_BSD, everyone(ctx.tokens))
 
     def admit(
         self, state: LoopState, share: float, ctx: DepthContext
     ) -> tuple[LoopState, Selection]:
         """Score the candidates and select; book statistics and losses."""
-        number, step = ctx.visit.depth - 1, ctx.step
-        candidates_BS = state.active_BK
+        number, step, spread = ctx.visit.depth - 1, ctx.step, ctx.tokens.spread
+        candidates_BS, length = state.active_BK, ctx.tokens.row_length
         present_BS = candidates_BS >= 0
         x_BSD = state.stream_BSD
-        rows = take_rows(x_BSD, candidates_BS)
+        rows = take_rows(x_BSD, spread.own_places(candidates_BS, length))
         with torch.autocast(x_BSD.device.type, enabled=False):
-            logits_BS = self._score(self.scorers[number], rows)
+            logits_BS = spread.whole(self._score(self.scorers[number], rows))
             judged_BS = logits_BS
             if self.predictors:
-                judged_BS = self._score(self.predictors[number], rows.detach())
+                judged_BS = spread.whole(self._score(self.predictors[number], rows.detach()))
             causal_BS = (judged_BS >= 0) & present_BS
             if step.mode == "topk":
                 keep_BS, most = self._best(logits_BS.detach(), candidates_BS, share, ctx)
@@ -77,8 +77,8 @@ class ExpertChoice(DepthRouting):
                 )
                 x_BSD = self._attach_losses(x_BSD, logits_BS, errors_BS, present_BS, ctx)
             else:
-                keep_BS, most = causal_BS, max(1, int(causal_BS.sum(dim=1).max()))
-            index_BK, slot_BK = compact(candidates_BS, keep_BS, most)
+                keep_BS, most = causal_BS, longest(causal_BS)
+            index_BK, slot_BK = compact_shards(candidates_BS, keep_BS, most, spread.num_shards)
             gate_BK = self._gate(logits_BS.gather(1, slot_BK))
         step.ledger.record(
             self.sites[number],
@@ -86,22 +86,23 @@ class ExpertChoice(DepthRouting):
             selected=keep_BS.sum(),
             agreement=((causal_BS == keep_BS) & present_BS).sum(),
             gates=(gate_BK * (index_BK >= 0)).sum(),
-            places=scatter_counts(index_BK, ctx.tokens.row_length),
+            places=scatter_counts(index_BK, length),
         )
         state = replace(state, stream_BSD=x_BSD, inner_BSD=x_BSD, active_BK=index_BK)
+        own_BK = spread.own_places(index_BK, length)
         expected = None
         if self.config.scope == "document":
             expected = share * ctx.tokens.place_BS.numel()
-        return state, Selection(index_BK, gate_BK, expected)
+        return state, Selection(index_BK, own_BK, spread.own(gate_BK), expected=expected)
 
     def absorb(
-        self, state: LoopState, chosen: Selection, inner: Tensor, outer: Tensor, depth: int
+        self, state: LoopState, chosen: Selection, inner: Tensor, outer: Tensor
     ) -> LoopState:
         """`h + gate * F(h)`, or with additive gating `h + gate * (F(h) - h)`."""
         if self.config.gating == "additive":
             outer = outer - inner
         update = chosen.gate_BK.unsqueeze(-1) * outer
-        x_BSD = add_rows(state.stream_BSD, chosen.index_BK, update)
+        x_BSD = add_rows(state.stream_BSD, chosen.own_BK, update)
         return replace(state, stream_BSD=x_BSD, inner_BSD=x_BSD)
 
     def _score(self, scorer: nn.Module, rows: Tensor) -> Tensor:
@@ -120,9 +121,11 @@ class ExpertChoice(DepthRouting):
         if self.config.scope == "row":
             k = kept_tokens(share, tokens.row_length, self.config.multiple_of)
             k = min(k, candidates_BS.shape[1])
-            return top_k_mask(logits_BS, k), k
+            present_BS = candidates_BS >= 0
+            logits_BS = logits_BS.masked_fill(~present_BS, float("-inf"))
+            return top_k_mask(logits_BS, k) & present_BS, k
         keep_BS = top_share_mask(logits_BS, candidates_BS, tokens.segment_ids_BS, share)
-        return keep_BS, max(1, int(keep_BS.sum(dim=1).max()))
+        return keep_BS, longest(keep_BS)
 
     def _attach_losses(
         self,
@@ -138,7 +141,10 @@ class ExpertChoice(DepthRouting):
         is then over all tokens, those that have left counting 0: no cut changes the sum.
         """
         config, ledger = self.config, ctx.step.ledger
-        count = logits_BS.numel() if config.scope == "row" else ctx.tokens.place_BS.numel()
+        counted_BS = present_BS
+        if config.scope == "document":
+            counted_BS = torch.ones_like(ctx.tokens.place_BS, dtype=torch.bool)
+        count = counted_BS.sum().clamp(min=1)
 
         def mean(values_BS: Tensor) -> Tensor:
             return (values_BS * present_BS).sum() / count

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from moebius.model.context import DepthContext
+from moebius.model.context import DepthContext, TokenContext
 from moebius.model.parameters import ParameterModule
 from moebius.model.program import Site
+
+State = TypeVar("State", "Selection", "LoopState")
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,19 @@ class Selection:
     """The tokens that enter a pass and the weight of its result."""
 
     index_BK: Tensor
-    """positions in the full row, ascending, int64, -1 for an empty slot"""
+    """of whole rows: positions, ascending within a shard, int64, -1 for an empty slot"""
+    own_BK: Tensor
+    """of the own slots: positions among the own tokens"""
     gate_BK: Tensor
-    """factor on the pass's result, fp32"""
+    """of the own slots: factor on the pass's result, fp32"""
+    last_BK: Tensor | None = None
+    """of the own slots, where tokens choose: for whom this is the last pass"""
     expected: float | None = None
     """where how many tokens there are depends on the data: how many the schedule foresees"""
+
+    def select(self, rows: Tensor) -> Selection:
+        """Those of some rows, by number."""
+        return select_rows(self, rows)
 
 
 @dataclass(frozen=True)
@@ -34,31 +45,24 @@ class LoopState:
     """All tokens of rows that are in a routed loop."""
 
     stream_BSD: Tensor
-    """the residual stream, which a token leaves the loop with"""
+    """the residual stream, which a token leaves the loop with; own tokens"""
     inner_BSD: Tensor
-    """what the next pass reads"""
+    """what the next pass reads; own tokens"""
     active_BK: Tensor
-    """the tokens of the last pass, the candidates of the next; -1 for an empty slot"""
+    """the tokens of the last pass, the candidates of the next; -1 for an empty slot; whole rows"""
     depth_BS: Tensor | None = None
-    """how many passes each token makes, where tokens choose"""
+    """how many passes each token makes, where tokens choose; whole rows"""
     gate_BS: Tensor | None = None
-    """factor on the result of the last one, where tokens choose"""
+    """factor on the result of the last one, where tokens choose; own tokens"""
 
     def select(self, rows: Tensor) -> LoopState:
         """The state of some rows, by number."""
-        return self._map(lambda tensor, _: tensor[rows])
+        return select_rows(self, rows)
 
     @classmethod
     def join(cls, parts: Sequence[LoopState]) -> LoopState:
         """The state of several groups of rows."""
-        return parts[0]._map(lambda _, name: torch.cat([getattr(part, name) for part in parts]))
-
-    def _map(self, function: Callable[[Tensor, str], Tensor]) -> LoopState:
-        """Every tensor that there is replaced by a function of it and of its name."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: function(t, name) for name, t in found.items() if t is not None}
-        )
+        return _mapped(parts[0], lambda _, name: torch.cat([getattr(part, name) for part in parts]))
 
 
 class DepthRouting(ParameterModule):
@@ -81,7 +85,7 @@ class DepthRouting(ParameterModule):
         raise NotImplementedError
 
     def absorb(
-        self, state: LoopState, chosen: Selection, inner: Tensor, outer: Tensor, depth: int
+        self, state: LoopState, chosen: Selection, inner: Tensor, outer: Tensor
     ) -> LoopState:
         """The state after a pass has made `outer` of the selected tokens' `inner`, `[B, K, D]`."""
         raise NotImplementedError
@@ -91,6 +95,27 @@ class DepthRouting(ParameterModule):
         raise NotImplementedError
 
 
-def everyone(x_BSD: Tensor) -> Tensor:
+def everyone(tokens: TokenContext) -> Tensor:
     """The index of all tokens of full rows."""
-    return torch.arange(x_BSD.shape[1], device=x_BSD.device).expand(x_BSD.shape[0], -1)
+    place_BS = tokens.place_BS
+    return torch.arange(tokens.num_slots, device=place_BS.device).expand_as(place_BS)
+
+
+def longest(keep_BS: Tensor) -> int:
+    """The most tokens that a row keeps, at least 1; also of no rows."""
+    most = keep_BS.sum(dim=1)
+    return max(1, int(most.max())) if len(most) else 1
+
+
+def select_rows(value: State, rows: Tensor) -> State:
+    """Some rows of every tensor of a dataclass."""
+    return _mapped(value, lambda tensor, _: tensor[rows])
+
+
+def _mapped(value: State, function: Callable[[Tensor, str], Tensor]) -> State:
+    """Every tensor of a dataclass replaced by a function of it and of its name."""
+    found = {field.name: getattr(value, field.name) for field in fields(value)}
+    changes: dict[str, Any] = {
+        name: function(tensor, name) for name, tensor in found.items() if isinstance(tensor, Tensor)
+    }
+    return replace(value, **changes)

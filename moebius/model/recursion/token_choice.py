@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moebius.kernels.depth_select import add_rows, compact, replace_rows, scatter_counts
+from moebius.kernels.depth_select import add_rows, compact_shards, replace_rows, scatter_counts
 from moebius.model.carry import Carry
 from moebius.model.config import ModelConfig
 from moebius.model.context import DepthContext
@@ -13,7 +13,7 @@ from moebius.model.moe.pool import PoolShape
 from moebius.model.moe.router import Routed, Router
 from moebius.model.program import Segment, Site
 from moebius.model.recursion.config import TokenChoiceConfig
-from moebius.model.recursion.routing import DepthRouting, LoopState, Selection, everyone
+from moebius.model.recursion.routing import DepthRouting, LoopState, Selection, everyone, longest
 
 
 class TokenChoice(DepthRouting):
@@ -40,45 +40,48 @@ class TokenChoice(DepthRouting):
         if ctx.step.step < self.config.full_depth_steps:
             depth_T = torch.full_like(depth_T, len(self.sites))
             weight_T = routed.affinity_TN[:, -1]
-        depth_BS = depth_T.clamp(max=num_passes).view(x_BSD.shape[:2])
-        gate_BS = self.config.alpha * weight_T.view(x_BSD.shape[:2])
-        return LoopState(x_BSD, x_BSD, everyone(x_BSD), depth_BS, gate_BS)
+        tokens = ctx.tokens
+        depth_BS = depth_T.clamp(max=num_passes).view(tokens.place_BS.shape)
+        gate_BS = tokens.spread.own(self.config.alpha * weight_T.view(tokens.place_BS.shape))
+        return LoopState(x_BSD, x_BSD, everyone(tokens), depth_BS, gate_BS)
 
     def admit(
         self, state: LoopState, share: float, ctx: DepthContext
     ) -> tuple[LoopState, Selection]:
         """Those who have not reached their depth."""
-        depth = ctx.visit.depth
+        depth, tokens, spread = ctx.visit.depth, ctx.tokens, ctx.tokens.spread
         assert state.depth_BS is not None
         assert state.gate_BS is not None
         index_BK = state.active_BK
         if depth > 1:
             chosen_BS = state.depth_BS >= depth
-            most = max(1, int(chosen_BS.sum(dim=1).max()))
-            index_BK, _ = compact(everyone(state.stream_BSD), chosen_BS, most)
+            most = longest(chosen_BS)
+            index_BK, _ = compact_shards(everyone(tokens), chosen_BS, most, spread.num_shards)
         ctx.step.ledger.record(
             self.sites[depth - 1],
             candidates=(state.active_BK >= 0).sum(),
             selected=(index_BK >= 0).sum(),
-            places=scatter_counts(index_BK, ctx.tokens.row_length),
+            places=scatter_counts(index_BK, tokens.row_length),
         )
-        gate_BK = state.gate_BS.gather(1, index_BK.clamp(min=0))
-        expected = share * state.stream_BSD[..., 0].numel()
-        return replace(state, active_BK=index_BK), Selection(index_BK, gate_BK, expected)
+        own_BK = spread.own_places(index_BK, tokens.row_length)
+        gate_BK = state.gate_BS.gather(1, own_BK.clamp(min=0))
+        last_BK = spread.own(state.depth_BS.gather(1, index_BK.clamp(min=0)) == depth)
+        expected = share * tokens.place_BS.numel()
+        chosen = Selection(index_BK, own_BK, gate_BK, last_BK, expected)
+        return replace(state, active_BK=index_BK), chosen
 
     def absorb(
-        self, state: LoopState, chosen: Selection, inner: Tensor, outer: Tensor, depth: int
+        self, state: LoopState, chosen: Selection, inner: Tensor, outer: Tensor
     ) -> LoopState:
         """Tokens at their last pass leave with it; the others go on from it."""
-        assert state.depth_BS is not None
+        assert chosen.last_BK is not None
         gate_BK1 = chosen.gate_BK.unsqueeze(-1)
         gated = gate_BK1 * outer
-        last_BK = state.depth_BS.gather(1, chosen.index_BK.clamp(min=0)) == depth
-        leaving_BK = chosen.index_BK.masked_fill(~last_BK, -1)
+        leaving_BK = chosen.own_BK.masked_fill(~chosen.last_BK, -1)
         stream_BSD = add_rows(state.stream_BSD, leaving_BK, gated)
         following = gated if self.config.gating == "every" else outer
         inner_BSD = replace_rows(
-            state.inner_BSD, chosen.index_BK, following.to(state.inner_BSD.dtype)
+            state.inner_BSD, chosen.own_BK, following.to(state.inner_BSD.dtype)
         )
         return replace(state, stream_BSD=stream_BSD, inner_BSD=inner_BSD)
 

@@ -103,7 +103,7 @@ def test_recomputation_changes_nothing(attention: str) -> None:
     batch = random_tokens(4, 16)
     kept = gradients(decoder, in_parts(batch, 2), step=1)
     experts, routers = calls(decoder, ExpertPool), calls(decoder, Router)
-    again = gradients(decoder, in_parts(batch, 2), step=1, recompute=True)
+    again = gradients(decoder, in_parts(batch, 2), step=1, recompute="full")
     assert_same_step(again, kept)
     num_visits = len(decoder.program.visits)
     assert len(experts) == 2 * 2 * num_visits

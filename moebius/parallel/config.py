@@ -1,0 +1,66 @@
+"""Configuration of the layout: how many processes along which axis, and who holds what."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from moebius.config import ConfigNode
+
+ScheduleName = Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"]
+
+
+class PipelineConfig(ConfigNode):
+    """How a program is cut into stages and in which order they work."""
+
+    schedule: ScheduleName = "1f1b"
+    """order of forward and backward passes; zero_bubble where no weights are shared"""
+    stages_per_rank: PositiveInt = 1
+    """stages of each process, for interleaved_1f1b and zero_bubble"""
+
+
+class DeepSpeedConfig(ConfigNode):
+    """What DeepSpeed's ZeRO does under our layers."""
+
+    stage: Literal[1, 2, 3] = 1
+    """1: the optimizer's state is shared out; 2: gradients too; 3: parameters too"""
+    offload_optimizer: bool = False
+    """with stage 2: keep the optimizer's state in the host's memory and step there"""
+
+
+class ParallelConfig(ConfigNode):
+    """Axes of the mesh of processes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
+
+    Data parallelism takes the processes that the other axes leave. Experts have axes of their own
+    over the processes of a pipeline stage: edp, ep, etp.
+    """
+
+    engine: Literal["native", "deepspeed"] = "native"
+    """who reduces gradients and steps; deepspeed takes the place of `data`"""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """with engine deepspeed"""
+    data: Literal["ddp", "zero1", "fsdp2"] = "zero1"
+    """what data-parallel processes share out: ddp, nothing; zero1, the optimizer's state, with one
+    reduce-scatter and one all-gather per step; fsdp2, parameters and gradients too"""
+    dp_replicate: PositiveInt = 1
+    """with fsdp2: groups of processes, each of which holds all parameters (HSDP)"""
+    pp: PositiveInt = 1
+    """pipeline stages side by side"""
+    cp: PositiveInt = 1
+    """context parallelism: each row is cut into so many parts"""
+    tp: PositiveInt = 1
+    """tensor parallelism: attention heads, widths and vocabulary are cut into so many parts"""
+    sequence_parallel: bool = True
+    """with tp: what lies between split weights is computed for a part of the tokens each"""
+    ep: PositiveInt = 1
+    """expert parallelism: so many processes hold a part of the experts each"""
+    etp: PositiveInt = 1
+    """expert tensor parallelism: the width of each expert is cut into so many parts"""
+    pipeline: PipelineConfig = PipelineConfig()
+    """with pp"""
+    timeout: float = Field(600.0, gt=0)
+    """seconds that a collective waits for the other processes"""
+
+    @property
+    def model_size(self) -> int:
+        """Processes that work on the same rows."""
+        return self.pp * self.cp * self.tp

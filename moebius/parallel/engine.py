@@ -1,0 +1,170 @@
+"""From gradients to new parameters on all processes: reduce, clip, step.
+
+An engine owns the optimizer. Gradients are sums over the tokens of a process, in the unit of the
+whole step's loss, so reducing them adds up and never divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moebius.model.parameters import ParameterSpec, Role
+from moebius.parallel.comm import Group
+from moebius.parallel.mesh import Mesh
+from moebius.parallel.place import Placed
+
+MakeOptimizer = Callable[[Iterable[tuple[nn.Parameter, ParameterSpec]]], torch.optim.Optimizer]
+"""the optimizer over some tensors with the options of their roles"""
+
+
+class Engine(Protocol):
+    """What the training loop sees."""
+
+    optimizer: torch.optim.Optimizer
+
+    def step(self, clip_norm: float) -> Tensor:
+        """Reduce, clip and apply the gradients, and drop them; returns the norm before clipping.
+
+        Auxiliary routers are clipped by themselves, and not counted: they must not change the
+        model.
+        """
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Every whole parameter by name; a collective call."""
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The whole optimizer's state as `<parameter>/<key>`; a collective call."""
+
+    def load_model(self, tensors: dict[str, Tensor]) -> None:
+        """Take the own parts of whole parameters."""
+
+    def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        """Take the own parts of a whole optimizer's state; parameters without any have none."""
+
+
+class ReplicatedEngine:
+    """Every process updates all parameters that it holds (`data: ddp`)."""
+
+    def __init__(self, placed: Sequence[Placed], mesh: Mesh, make: MakeOptimizer) -> None:
+        self.placed = placed
+        self.mesh = mesh
+        self.optimizer = make((p.parameter, p.spec) for p in placed)
+
+    def reduce(self) -> None:
+        """Add gradients up, those of one group of processes in one call."""
+        for group, members in by_group(self.placed).items():
+            sum_gradients(group, [p.parameter for p in members])
+        for group, members in tied(self.placed).items():
+            sum_gradients(group, [p.parameter for p in members])
+
+    def step(self, clip_norm: float) -> Tensor:
+        """See `Engine`."""
+        self.reduce()
+        norm = clip(self._gradients(), self.mesh.world, clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _gradients(self) -> Iterable[tuple[Tensor, Role, int]]:
+        stage_size = self.mesh.world.size // self.mesh.pp.size
+        for p in self.placed:
+            if p.parameter.grad is not None:
+                yield p.parameter.grad, p.spec.role, p.placement.replicas(stage_size)
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return {p.name: p.placement.join(p.parameter.detach()) for p in self.placed}
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        found = {}
+        for p in self.placed:
+            for key, value in self.optimizer.state.get(p.parameter, {}).items():
+                whole = value if value.dim() == 0 else p.placement.join(value)
+                found[f"{p.name}/{key}"] = whole
+        return found
+
+    @torch.no_grad()
+    def load_model(self, tensors: dict[str, Tensor]) -> None:
+        """See `Engine`."""
+        for p in self.placed:
+            p.parameter.copy_(p.placement.take(tensors[p.name]))
+
+    def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        """See `Engine`."""
+        for p in self.placed:
+            keys = [path for path in tensors if path.rpartition("/")[0] == p.name]
+            state = {}
+            for path in keys:
+                value = tensors[path]
+                own = value if value.dim() == 0 else p.placement.take(value)
+                # Fused AdamW keeps its step counters, too, on the device of the parameter.
+                state[path.rpartition("/")[2]] = own.to(p.parameter.device).clone()
+            if state:
+                self.optimizer.state[p.parameter] = state
+
+
+def by_group(placed: Iterable[Placed]) -> dict[Group, list[Placed]]:
+    """Parameters whose gradients several processes add up, by which these are."""
+    groups: dict[Group, list[Placed]] = {}
+    for p in placed:
+        groups.setdefault(p.placement.reduce, []).append(p)
+    return groups
+
+
+def tied(placed: Iterable[Placed]) -> dict[Group, list[Placed]]:
+    """Parameters that several pipeline stages hold, by which these are."""
+    groups: dict[Group, list[Placed]] = {}
+    for p in placed:
+        if p.placement.tied is not None:
+            groups.setdefault(p.placement.tied, []).append(p)
+    return groups
+
+
+@torch.no_grad()
+def sum_gradients(group: Group, parameters: Sequence[nn.Parameter]) -> None:
+    """Sum everyone's gradients of some parameters in one call.
+
+    A parameter that nothing used in this step has none, on no process: it stays so.
+    """
+    if group.size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
+    flat = group.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
+
+
+@torch.no_grad()
+def clip(gradients: Iterable[tuple[Tensor, Role, int]], world: Group, clip_norm: float) -> Tensor:
+    """Scale gradients, given with role and number of copies, as `Engine.step` says.
+
+    Every element counts once, wherever and however often it is held.
+    """
+    own: list[Tensor] = []
+    apart: list[Tensor] = []
+    device = torch.device("cpu")
+    squares: list[list[Tensor]] = [[], []]
+    for gradient, role, replicas in gradients:
+        number = int(role is Role.AUX_ROUTER)
+        (apart if number else own).append(gradient)
+        squares[number].append(gradient.double().square().sum() / replicas)
+        device = gradient.device
+    sums = torch.stack(
+        [
+            torch.stack(s).sum() if s else torch.zeros((), dtype=torch.float64, device=device)
+            for s in squares
+        ]
+    )
+    norms = world.all_reduce(sums).sqrt()
+    for norm, members in zip(norms, (own, apart), strict=True):
+        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in members:
+            gradient.mul_(factor.to(gradient.dtype))
+    return norms[0]

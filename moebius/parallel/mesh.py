@@ -1,0 +1,142 @@
+"""The mesh: which process stands where, and the groups along its axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from moebius.errors import LayoutError
+from moebius.parallel.comm import Group, Traffic
+from moebius.parallel.config import ParallelConfig
+
+DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+EXPERT = ("pp", "edp", "ep", "etp")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Sizes of all axes in both views of the same processes: of dense weights and of experts."""
+
+    dense: dict[str, int]
+    expert: dict[str, int]
+
+    @classmethod
+    def of(cls, config: ParallelConfig, world_size: int) -> Axes:
+        """Raises LayoutError where the processes do not fill the axes."""
+        taken = config.model_size * config.dp_replicate
+        if world_size % taken:
+            raise LayoutError(
+                f"parallel: pp * dp_replicate * cp * tp = {taken} does not divide the "
+                f"{world_size} processes that were started",
+                f"start a multiple of {taken} or change the axes",
+            )
+        dp_shard = world_size // taken
+        dense = dict(
+            zip(
+                DENSE, (config.pp, config.dp_replicate, dp_shard, config.cp, config.tp), strict=True
+            )
+        )
+        stage = world_size // config.pp
+        if stage % (config.ep * config.etp):
+            raise LayoutError(
+                f"parallel: ep * etp = {config.ep * config.etp} does not divide the {stage} "
+                "processes of a pipeline stage",
+                "change ep or etp, or start other processes",
+            )
+        edp = stage // (config.ep * config.etp)
+        expert = dict(zip(EXPERT, (config.pp, edp, config.ep, config.etp), strict=True))
+        return cls(dense, expert)
+
+
+class Mesh:
+    """Groups of processes by axis. Making it is a collective call where there are several.
+
+    The groups that come in more than one size are all made here, in the same order everywhere.
+    """
+
+    def __init__(self, config: ParallelConfig) -> None:
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.axes = Axes.of(config, self.world_size)
+        self.traffic = Traffic()
+        sizes = self.axes.dense
+        self.pp = self._group("pp")
+        self.dp = self._group("dp_replicate", "dp_shard")
+        self.dp_replicate = self._group("dp_replicate")
+        self.cp = self._group("cp")
+        self.tp = self._group("tp")
+        self.rows = self._group("cp", "tp")
+        """with sequence parallelism, all that work on the same rows"""
+        self.data = self._group("dp_replicate", "dp_shard", "cp")
+        self.data_tp = self._group("dp_replicate", "dp_shard", "cp", "tp")
+        self.shard = self._group("dp_shard", "cp")
+        """among which FSDP2 shares parameters out"""
+        self.edp = self._group("edp")
+        self.experts = self._group("ep", "etp")
+        self.ep = self._group("ep")
+        self.etp = self._group("etp")
+        self.world = self._group(*DENSE)
+        self.copies = {
+            n: self._copies(n) for n in range(2, sizes["tp"] + 1) if sizes["tp"] % n == 0
+        }
+        """by number, neighbours along tp that hold the same keys, with those of the data axes"""
+
+    def _group(self, *axes: str) -> Group:
+        view = (
+            self.axes.dense if all(axis in self.axes.dense for axis in axes) else self.axes.expert
+        )
+        return self._make("*".join(axes), partition(view, axes))
+
+    def _copies(self, number: int) -> Group:
+        """Processes of the data axes and of so many neighbours along tp."""
+        sizes = dict(self.axes.dense)
+        sizes["tp"] //= number
+        sizes["copies"] = number
+        axes = ("dp_replicate", "dp_shard", "cp", "copies")
+        return self._make(f"data*{number} of tp", partition(sizes, axes))
+
+    def _make(self, name: str, lists: list[list[int]]) -> Group:
+        own = next(ranks for ranks in lists if self.rank in ranks)
+        if len(own) == 1:
+            return Group(name, own, None, self.traffic)
+        if len(own) == self.world_size:
+            return Group(name, own, dist.group.WORLD, self.traffic)
+        group, _ = dist.new_subgroups_by_enumeration(lists)
+        return Group(name, own, group, self.traffic)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where a process stands on every axis."""
+        found = {}
+        for view in (self.axes.dense, self.axes.expert):
+            rest = rank
+            for axis, size in reversed(view.items()):
+                rest, found[axis] = divmod(rest, size)
+        return found
+
+    def describe(self, processes_per_node: int) -> Iterator[str]:
+        """Lines that say how long each axis is and whether it leaves a node."""
+        for view in (self.axes.dense, self.axes.expert):
+            for axis, size in view.items():
+                if size == 1 or (axis == "pp" and view is self.axes.expert):
+                    continue
+                lists = partition(view, (axis,))
+                nodes = max(len({rank // processes_per_node for rank in ranks}) for ranks in lists)
+                where = "within a node" if nodes == 1 else f"across {nodes} nodes"
+                yield f"{axis} = {size}: ranks {_brief(lists[0])} and so on, {where}"
+
+
+def partition(sizes: dict[str, int], axes: Sequence[str]) -> list[list[int]]:
+    """All processes in groups of those that differ along some axes only."""
+    grid = torch.arange(math.prod(sizes.values())).view(*sizes.values())
+    dims = [list(sizes).index(axis) for axis in axes]
+    grid = grid.movedim(dims, list(range(-len(dims), 0)))
+    lists: list[list[int]] = grid.reshape(-1, math.prod(sizes[axis] for axis in axes)).tolist()
+    return lists
+
+
+def _brief(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:4])) + (", ..." if len(ranks) > 4 else "")

@@ -1,0 +1,188 @@
+"""ZeRO stage 1 (Rajbhandari et al. 2019, arXiv 1910.02054): the optimizer's state is shared out.
+
+Gradients pile up where they arise, however often a block is used and whatever the pipeline does;
+once per step and group of processes they are reduced and scattered, and what was updated is
+gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moebius.model.parameters import Role
+from moebius.parallel.comm import Group
+from moebius.parallel.engine import MakeOptimizer, clip
+from moebius.parallel.mesh import Mesh
+from moebius.parallel.place import Placed
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a process updates of a parameter."""
+
+    of: Placed
+    start: int
+    """elements of the flattened parameter"""
+    end: int
+    own: nn.Parameter
+
+
+class Bucket:
+    """Parameters one after the other in one buffer, of which each process updates a part."""
+
+    def __init__(self, placed: Sequence[Placed]) -> None:
+        self.placed = placed
+        self.group: Group = placed[0].placement.reduce
+        self.tied = placed[0].placement.tied
+        total = sum(p.parameter.numel() for p in placed)
+        example = placed[0].parameter
+        self.size = -(-total // self.group.size)
+        """elements of a part"""
+        self.values = example.new_zeros(self.size * self.group.size)
+        self.pieces: list[Piece] = []
+        first, offset = self.group.rank * self.size, 0
+        for p in placed:
+            count = p.parameter.numel()
+            place = self.values[offset : offset + count].view_as(p.parameter)
+            place.copy_(p.parameter.data)
+            p.parameter.data = place
+            start, end = max(first - offset, 0), min(first + self.size - offset, count)
+            if start < end:
+                own = nn.Parameter(
+                    self.values[offset + start : offset + end], p.parameter.requires_grad
+                )
+                self.pieces.append(Piece(p, start, end, own))
+            offset += count
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Hand every piece its gradient; the parameters lose theirs."""
+        flat = torch.zeros_like(self.values)
+        offset = 0
+        used = set()
+        for p in self.placed:
+            if p.parameter.grad is not None:
+                used.add(p.name)
+                flat[offset : offset + p.parameter.numel()] = p.parameter.grad.flatten()
+                p.parameter.grad = None
+            offset += p.parameter.numel()
+        if not used:
+            return
+        part = self.group.reduce_scatter(flat)
+        if self.tied is not None:
+            part = self.tied.all_reduce(part)
+        first, offset = self.group.rank * self.size, 0
+        starts = {}
+        for p in self.placed:
+            starts[p.name] = offset
+            offset += p.parameter.numel()
+        for piece in self.pieces:
+            begin = starts[piece.of.name] + piece.start - first
+            gradient = part[begin : begin + piece.end - piece.start]
+            piece.own.grad = gradient if piece.of.name in used else None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Give everyone the parameters that were updated here."""
+        first = self.group.rank * self.size
+        own = self.values[first : first + self.size].clone()
+        self.values.copy_(self.group.all_gather(own))
+
+
+class ZeroEngine:
+    """Every process updates a part of the parameters it holds (`data: zero1`)."""
+
+    def __init__(self, placed: Sequence[Placed], mesh: Mesh, make: MakeOptimizer) -> None:
+        self.placed = placed
+        self.mesh = mesh
+        groups: dict[object, list[Placed]] = {}
+        for p in placed:
+            if p.spec.role is not Role.FROZEN:
+                groups.setdefault((p.placement.reduce, p.placement.tied), []).append(p)
+        self.buckets = [Bucket(members) for members in groups.values()]
+        self.optimizer = make((piece.own, piece.of.spec) for piece in self.pieces)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """What this process updates."""
+        return [piece for bucket in self.buckets for piece in bucket.pieces]
+
+    def step(self, clip_norm: float) -> Tensor:
+        """See `Engine`."""
+        for bucket in self.buckets:
+            bucket.reduce()
+        norm = clip(self._gradients(), self.mesh.world, clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for bucket in self.buckets:
+            bucket.publish()
+        return norm
+
+    def _gradients(self) -> Iterable[tuple[Tensor, Role, int]]:
+        stage_size = self.mesh.world.size // self.mesh.pp.size
+        for piece in self.pieces:
+            if piece.own.grad is not None:
+                placement = piece.of.placement
+                # Of the processes that add up gradients only one has this part of the sum.
+                replicas = placement.replicas(stage_size) // placement.reduce.size
+                yield piece.own.grad, piece.of.spec.role, replicas
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return {p.name: p.placement.join(p.parameter.detach()) for p in self.placed}
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        found: dict[str, Tensor] = {}
+        for bucket in self.buckets:
+            states = {
+                piece.of.name: self.optimizer.state.get(piece.own, {}) for piece in bucket.pieces
+            }
+            for p in bucket.placed:
+                found |= self._whole_state(bucket, p, states.get(p.name, {}))
+        return found
+
+    def _whole_state(
+        self, bucket: Bucket, p: Placed, state: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Both moments and the step of a parameter; the others' pieces are zeros here."""
+        sums = p.parameter.new_zeros(2, p.parameter.numel())
+        step = torch.zeros(1, device=p.parameter.device)
+        piece = next((piece for piece in bucket.pieces if piece.of is p), None)
+        if piece is not None and state:
+            for row, key in zip(sums, MOMENTS, strict=True):
+                row[piece.start : piece.end] = state[key]
+            step[0] = state["step"]
+        bucket.group.all_reduce(sums)
+        step = bucket.group.all_reduce(step, torch.distributed.ReduceOp.MAX)
+        if not step:  # it never had a gradient
+            return {}
+        found = {f"{p.name}/step": step[0].cpu()}
+        for row, key in zip(sums, MOMENTS, strict=True):
+            found[f"{p.name}/{key}"] = p.placement.join(row.view_as(p.parameter))
+        return found
+
+    @torch.no_grad()
+    def load_model(self, tensors: dict[str, Tensor]) -> None:
+        """See `Engine`."""
+        for p in self.placed:
+            p.parameter.copy_(p.placement.take(tensors[p.name]))
+
+    def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        """See `Engine`."""
+        for piece in self.pieces:
+            name, device = piece.of.name, piece.own.device
+            if f"{name}/step" not in tensors:
+                continue
+            state = {"step": tensors[f"{name}/step"].to(device).clone()}
+            for key in MOMENTS:
+                part = piece.of.placement.take(tensors[f"{name}/{key}"]).flatten()
+                state[key] = part[piece.start : piece.end].to(device).clone()
+            self.optimizer.state[piece.own] = state
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")

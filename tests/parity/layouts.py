@@ -1,0 +1,175 @@
+"""Models and layouts whose products must all give what one process gives, and how that is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebius.model.config import ModelConfig
+from moebius.model.context import Recompute, StepContext
+from moebius.model.decoder import Decoder
+from moebius.model.executor import TokenBatch
+from moebius.model.ledger import Ledger
+from moebius.model.parameters import ParameterSpec, Role, initialize, named_specs
+from moebius.parallel.config import ParallelConfig
+from moebius.parallel.layout import Layout
+from tests.model.helpers import batch_of, rows_of
+from tests.model.recursion.systems import depth, expert, token
+
+VOCABULARY, WIDTH, LENGTH = 32, 16, 24
+RATE = 0.05
+CLIPS = (1e9, 0.05)
+"""of the two steps: the first shows gradients, the second that they are clipped by the same norm"""
+FIRST_STEP = 20
+DENSE: dict[str, Any] = {"kind": "dense", "intermediate_size": 24}
+ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
+FFN = {"kind": "ffn", "count": 4, "intermediate_size": 8}
+SWITCH = {"kind": "switch", "scope": "sequence", "coefficient": 0.1}
+Z_LOSS = {"kind": "z", "coefficient": 0.01}
+
+
+def moe(experts: Iterable[dict[str, Any]], selector: dict[str, Any], **fields: Any) -> Any:
+    """A mixture of experts."""
+    router = {"selector": selector, "losses": [SWITCH, Z_LOSS]} | fields.pop("router", {})
+    return {"kind": "moe", "experts": list(experts), "router": router} | fields
+
+
+TOP_2 = {"kind": "top_k", "top_k": 2}
+MOEPP = moe(
+    [FFN, {"kind": "constant", "count": 2}, {"kind": "copy"}, {"kind": "zero"}],
+    TOP_2,
+    router={"scorer": {"kind": "linear", "gating_residual": "prev_layer"}},
+)
+V3 = moe(
+    [{**FFN, "count": 8}],
+    {"kind": "top_k", "top_k": 3},
+    shared={"intermediate_size": 8},
+    router={
+        "norm": {"kind": "sigmoid"},
+        "weights": {"kind": "renormalize"},
+        "candidates": [{"kind": "groups", "num_groups": 4, "keep": 2, "score_top": 2}],
+        "losses": [{**SWITCH, "scope": "global"}],
+        "controllers": [{"kind": "bias", "rate": 0.01}],
+    },
+)
+TOP_P = moe(
+    [FFN, {"kind": "zero", "count": 2}],
+    {"kind": "top_p", "threshold": 0.5},
+    router={"controllers": [{"kind": "target_k", "target": 2.0}]},
+)
+MIXED = moe(
+    [
+        FFN,
+        {"kind": "ffn", "count": 4, "intermediate_size": 16},
+        {"kind": "low_rank", "count": 4, "intermediate_size": 4, "scale": 0.5},
+        {"kind": "copy"},
+    ],
+    TOP_2,
+    router={"capacity": {"factor": 1.1}, "scorer": {"kind": "gru", "state_size": 8}},
+)
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"tie_embeddings": False},
+    "moepp": {"ffn": MOEPP},
+    "top_p": {"ffn": TOP_P},
+    "v3": {"ffn": V3, "depth": {"num_layers": 3}},
+    "mixed": {"ffn": MIXED},
+    "mor": {"depth": depth(router=expert())},
+    "mor_document": {"depth": depth(router=expert(scope="document", causal={"kind": "router"}))},
+    "mor_token": {"depth": depth(router=token({"kind": "bias", "rate": 0.01}))},
+    "mor_hybrid": {"depth": depth(router=expert(), kv="hybrid")},
+    "mor_shared": {"depth": depth(router=expert(), kv="shared_first")},
+    "moepp_mor": {"ffn": MOEPP, "depth": depth(2, 2, router=expert())},
+    "v3_token": {"ffn": V3, "depth": depth(2, router=token())},
+    "lora": {"depth": depth(2, adapter={"kind": "lora", "rank": 4})},
+    "bdh": {
+        "attention": {"kind": "bdh", "num_heads": 4, "neurons": 8},
+        "ffn": {"kind": "none"},
+        "depth": {"num_layers": 3, "sharing": "cycle", "num_recursions": 3},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and how the batch is cut on it."""
+
+    processes: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    rows: int = 4
+    micro_batch: int = 4
+    recompute: Recompute = "none"
+
+    @property
+    def config(self) -> ParallelConfig:
+        """Of the layout."""
+        return ParallelConfig.model_validate(self.options)
+
+
+def decoder_of(name: str, dtype: torch.dtype = torch.float64) -> Decoder:
+    """A model with weights large enough for every part to show in the gradients."""
+    tree = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "attention": ATTENTION,
+        "ffn": DENSE,
+        "depth": {"num_layers": 2},
+        "init_std": 0.2,
+    }
+    decoder = Decoder(ModelConfig.model_validate(tree | MODELS[name]))
+    initialize(decoder, 3)
+    generator = torch.Generator().manual_seed(5)
+    for _, parameter, spec in named_specs(decoder):
+        if spec.std == 0.0 and spec.mean == 0.0:  # what begins with zeros would hide others
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return decoder.to(dtype)
+
+
+def documents(rows: int) -> TokenBatch:
+    """Rows of several documents each."""
+    generator = torch.Generator().manual_seed(11)
+    tokens = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=generator)
+    begins = torch.rand(rows, LENGTH, generator=generator) < 0.15
+    batch = batch_of(tokens, begins.cumsum(dim=1))
+    batch.sample_ids_B = torch.arange(rows) + 7  # type: ignore[misc]
+    return batch
+
+
+def sgd(parameters: Iterable[tuple[nn.Parameter, ParameterSpec]]) -> torch.optim.Optimizer:
+    """Plain steps, in which gradients show."""
+    trained = [p for p, spec in parameters if spec.role is not Role.FROZEN]
+    return torch.optim.SGD(trained or [nn.Parameter(torch.zeros(0))], lr=RATE)
+
+
+def train(name: str, case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Two optimizer steps; everything that they leave behind, as arrays by name."""
+    decoder = decoder_of(name, dtype)
+    layout = Layout(decoder, case.config, sgd)
+    batch = documents(case.rows)
+    parts = [
+        rows_of(batch, start, end) for start, end in layout.row_ranges(case.rows, case.micro_batch)
+    ]
+    left: dict[str, Any] = {}
+
+    def keep(tensors: Mapping[Any, Tensor]) -> None:
+        found = {f"{number}/{k}": v.detach().double().numpy().copy() for k, v in tensors.items()}
+        left.update(found)
+
+    for number, clip_norm in enumerate(CLIPS):
+        step = FIRST_STEP + number
+        context = StepContext(
+            "topk", Ledger(), step=step, seed=7, training=True, recompute=case.recompute
+        )
+        result = layout.accumulate_gradients(parts, batch.labels_BS.numel(), context)
+        keep({"grad_norm": layout.engine.step(clip_norm)})
+        decoder.update_routers(result.ledger, step)
+        keep({f"loss/{name}": loss for name, loss in result.losses.items()})
+        keep({f"auxiliary/{name}": loss for name, loss in result.ledger.losses.items()})
+        for site, sums in result.ledger.statistics.items():
+            keep({f"{site}/{key}": value for key, value in sums.items()})
+        keep(layout.engine.model_tensors())
+        keep(dict(decoder.named_buffers()))
+    return left
