@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import time
+from functools import partial
 
 import numpy as np
 from machine import ROOT, machine
@@ -22,12 +23,13 @@ from moebius.model.config import ModelConfig
 from moebius.model.context import StepContext
 from moebius.model.cost import training_flops
 from moebius.model.decoder import Decoder
-from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
 from moebius.model.parameters import initialize
+from moebius.parallel.config import ParallelConfig
+from moebius.parallel.layout import Layout
 from moebius.trainer.config_file import load_config
 from moebius.trainer.metrics import executed_rows
-from moebius.trainer.optim import OptimConfig, build_optimizer, clip_gradients
+from moebius.trainer.optim import OptimConfig, build_optimizer
 
 SIZES = ((16, 256), (4, 1024))
 """rows and tokens per row"""
@@ -38,11 +40,11 @@ WARMUP = 2
 class Trainee:
     """A model with its optimizer, and how long its steps took."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, length: int) -> None:
         decoder = Decoder(config)
         initialize(decoder, 0)
-        self.executor = LocalExecutor(decoder)
-        self.optimizer = build_optimizer(decoder, OptimConfig())
+        make = partial(build_optimizer, config=OptimConfig())
+        self.layout = Layout(decoder, ParallelConfig(), make, length)
         self.seconds: list[float] = []
         self.flops = 0
 
@@ -50,20 +52,18 @@ class Trainee:
         """Train on a batch."""
         context = StepContext("topk", Ledger(), step=number, training=True)
         began = time.perf_counter()
-        result = self.executor.accumulate_gradients([batch], context)
-        clip_gradients(self.executor.decoder, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        result = self.layout.accumulate_gradients([batch], batch.num_tokens, context)
+        self.layout.engine.step(1.0)
         self.seconds.append(time.perf_counter() - began)
         ledger = result.ledger
-        self.flops = training_flops(self.executor.decoder, ledger.work, executed_rows(ledger))
+        self.flops = training_flops(self.layout.decoder, ledger.work, executed_rows(ledger))
 
 
 def compare(rows: int, length: int) -> dict[str, object]:
     """Median step times and their ratio beside that of the FLOPs."""
     config = load_config(ROOT / "configs" / "mor.yaml").model
     plain = config.model_copy(update={"depth": config.depth.model_copy(update={"router": None})})
-    trainees = {"routed": Trainee(config), "unrouted": Trainee(plain)}
+    trainees = {"routed": Trainee(config, length), "unrouted": Trainee(plain, length)}
     generator = np.random.default_rng(0)
     gc.disable()
     for number in range(WARMUP + STEPS):

@@ -33,10 +33,9 @@ class Batch:
         """The batch on another device."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self._tensors()))
 
-    def split(self, rows: int) -> list[Batch]:
-        """Micro-batches of so many rows."""
-        parts = zip(*(tensor.split(rows) for tensor in self._tensors()), strict=True)
-        return [Batch(*tensors) for tensors in parts]
+    def rows(self, start: int, end: int) -> Batch:
+        """Some of the rows."""
+        return Batch(*(tensor[start:end] for tensor in self._tensors()))
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))

@@ -3,7 +3,7 @@
 import bisect
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,10 +80,21 @@ class TrainStream:
         return self
 
     def __next__(self) -> Batch:
-        samples = range(self.position, self.position + self.batch_size)
-        windows = np.stack([self.reader.window(self._window_of(sample)) for sample in samples])
+        (batch,) = self.take([(0, self.batch_size)])
+        return batch
+
+    def take(self, ranges: Sequence[tuple[int, int]]) -> list[Batch]:
+        """Some rows (start, end) of the next batch, each range a batch of its own; others are not
+        read. A range may be empty."""
+        batches = []
+        for start, end in ranges:
+            samples = range(self.position + start, self.position + end)
+            windows = np.empty((len(samples), self.reader.sequence_length + 1), dtype=np.int64)
+            for row, sample in enumerate(samples):
+                windows[row] = self.reader.window(self._window_of(sample))
+            batches.append(make_batch(windows, self.reader.eod_id, samples.start))
         self.position += self.batch_size
-        return make_batch(windows, self.reader.eod_id, samples.start)
+        return batches
 
     def _window_of(self, sample: int) -> int:
         epoch, number = divmod(sample, self.reader.num_windows)

@@ -90,7 +90,7 @@ def linear_cross_entropy(
     With a `vocabulary` the head is a part of it, and sums over v go over all parts, three times for
     each chunk and exit (five with a teacher, seven at another temperature than 1); losses are the
     whole ones everywhere, gradients those by what is here, so that of the hidden states lacks the
-    other parts'. Under autocast the products run in its dtype, those of the gradients too, else in the inputs';
+    other parts'. Under autocast products run in its dtype, also of gradients, else in the inputs';
     losses are summed up in fp32, the weight's gradient in the weight's dtype. There are no second
     derivatives. Raises ValueError for other than X coefficients, T labels or T tokens of the
     teacher, a teacher without `kl_coefficients` or the reverse, and chunks of no token; a label

@@ -147,8 +147,8 @@ Where tokens choose their depth the two are the same."""
 
 
 Recompute = Literal["none", "selective", "full"]
-"""selective: the middle of attention and feed-forward, which takes most room and little time (Korthikanti
-et al. 2022, arXiv 2205.05198); full: whole sublayers"""
+"""selective: the middle of attention and feed-forward, which takes much room and little time
+(Korthikanti et al. 2022, arXiv 2205.05198); full: whole sublayers"""
 
 
 @dataclass(frozen=True)

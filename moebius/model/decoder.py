@@ -68,6 +68,8 @@ class Decoder(ParameterModule):
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head_region: Region = WHOLE
+        self.vocabulary: Vocabulary | None = None
+        """which rows of embedding and head are here; None: all"""
         self.head: Linear | None = None
         if not config.tie_embeddings:
             self.head = Linear(config.hidden_size, config.vocab_size, Role.HEAD, config.init_std)
@@ -83,11 +85,6 @@ class Decoder(ParameterModule):
         """Rotary tables of these positions."""
         attention = self.config.attention
         return rope_tables(positions_BS, attention.head_dim, attention.rope_theta)
-
-    @property
-    def vocabulary(self) -> Vocabulary | None:
-        """Which rows of embedding and head are here; None: all."""
-        return self.embedding.vocabulary
 
     def head_input(self, x_BSD: Tensor) -> Tensor:
         """What the head reads of the stream."""

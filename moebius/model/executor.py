@@ -1,7 +1,8 @@
 """Running a Program in one process: the definition that every parallel executor must reproduce."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -43,6 +44,9 @@ class TokenBatch(Protocol):
     def sample_ids_B(self) -> Tensor:
         """Which sample of the training stream each row is."""
 
+    def rows(self, start: int, end: int) -> "TokenBatch":
+        """Some of the rows."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -70,6 +74,11 @@ class Flow:
     """between the passes of a routed loop"""
 
 
+def differentiate(loss: Callable[[], Tensor]) -> None:
+    """Compute a loss and add its gradients to those of the parameters."""
+    loss().backward()
+
+
 class LocalExecutor:
     """Passes token batches through a decoder on one device.
 
@@ -90,6 +99,8 @@ class LocalExecutor:
         self.autocast_dtype = autocast_dtype
         self.program = program or decoder.program
         self.spread = spread
+        self.differentiate = differentiate
+        """how each micro-batch is run; an engine that shares parameters out has its own way"""
 
     def accumulate_gradients(
         self,
@@ -115,15 +126,28 @@ class LocalExecutor:
             share = batch.labels_BS.numel() / num_labels
             ledger = Ledger(share, keep_routings=step.ledger.keep_routings)
             own = replace(step, ledger=ledger, micro_batch=number)
-            total, sums = self._training_loss(batch, own, teacher)
-            (total / num_labels).backward()
+            sums: dict[str, Tensor] = {}
+            self.differentiate(partial(self._share_of_loss, batch, own, teacher, num_labels, sums))
             for name, value in sums.items():
                 mean = value / num_labels
                 losses[name] = losses[name] + mean if name in losses else mean
             ledgers.append(ledger)
         return StepResult(losses, Ledger.merge(ledgers))
 
-    def _training_loss(
+    def _share_of_loss(
+        self,
+        batch: TokenBatch,
+        step: StepContext,
+        teacher: TeacherModel | None,
+        num_labels: int,
+        sums: dict[str, Tensor],
+    ) -> Tensor:
+        """What is differentiated; what is reported of it is left in `sums`."""
+        total, reported = self.training_loss(batch, step, teacher)
+        sums.update(reported)
+        return total / num_labels
+
+    def training_loss(
         self, batch: TokenBatch, step: StepContext, teacher: TeacherModel | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is differentiated, and what of it is reported; sums over labels."""
@@ -154,6 +178,13 @@ class LocalExecutor:
                 ).view_as(labels_BS)
                 for number, h in hidden.items()
             }
+
+    def loss_sums(
+        self, batch: TokenBatch, step: StepContext, exits: Sequence[int] = ()
+    ) -> dict[int, Tensor]:
+        """`token_losses` summed over the batch, in fp64."""
+        found = self.token_losses(batch, step, exits)
+        return {number: losses_BS.double().sum() for number, losses_BS in found.items()}
 
     def hidden(self, batch: TokenBatch, step: StepContext) -> Tensor:
         """The normalised final hidden states, `[B, S, D]`."""

@@ -5,8 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from moebius.config import ConfigNode
-
-ScheduleName = Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"]
+from moebius.parallel.schedule import ScheduleName
 
 
 class PipelineConfig(ConfigNode):

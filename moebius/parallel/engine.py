@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moebius.model.parameters import ParameterSpec, Role
 from moebius.parallel.comm import Group
+from moebius.parallel.ledger import gather_objects
 from moebius.parallel.mesh import Mesh
 from moebius.parallel.place import Placed
 
@@ -59,7 +61,9 @@ class ReplicatedEngine:
         for group, members in by_group(self.placed).items():
             sum_gradients(group, [p.parameter for p in members])
         for group, members in tied(self.placed).items():
-            sum_gradients(group, [p.parameter for p in members])
+            parameters = [p.parameter for p in members]
+            agree_on_use(group, parameters)
+            sum_gradients(group, parameters)
 
     def step(self, clip_norm: float) -> Tensor:
         """See `Engine`."""
@@ -77,16 +81,16 @@ class ReplicatedEngine:
 
     def model_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {p.name: p.placement.join(p.parameter.detach()) for p in self.placed}
+        return whole_parameters(self.placed, self.mesh)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for p in self.placed:
             for key, value in self.optimizer.state.get(p.parameter, {}).items():
                 whole = value if value.dim() == 0 else p.placement.join(value)
                 found[f"{p.name}/{key}"] = whole
-        return found
+        return of_all_stages(found, self.mesh)
 
     @torch.no_grad()
     def load_model(self, tensors: dict[str, Tensor]) -> None:
@@ -108,6 +112,20 @@ class ReplicatedEngine:
                 self.optimizer.state[p.parameter] = state
 
 
+def whole_parameters(placed: Iterable[Placed], mesh: Mesh) -> dict[str, Tensor]:
+    """Every parameter of the model by name; a collective call."""
+    own = {p.name: p.placement.join(p.parameter.detach()) for p in placed}
+    return of_all_stages(own, mesh)
+
+
+def of_all_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """The tensors of all pipeline stages together; a collective call."""
+    if mesh.pp.size == 1:
+        return tensors
+    on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
+    return {name: t for part in gather_objects(on_host, mesh.pp) for name, t in part.items()}
+
+
 def by_group(placed: Iterable[Placed]) -> dict[Group, list[Placed]]:
     """Parameters whose gradients several processes add up, by which these are."""
     groups: dict[Group, list[Placed]] = {}
@@ -126,19 +144,33 @@ def tied(placed: Iterable[Placed]) -> dict[Group, list[Placed]]:
 
 
 @torch.no_grad()
+def agree_on_use(group: Group, parameters: Sequence[nn.Parameter]) -> list[bool]:
+    """Which parameters some process of the group has used; the others give zeros to the sum."""
+    used = [float(p.grad is not None) for p in parameters]
+    flags = group.all_reduce(torch.tensor(used, device=parameters[0].device), dist.ReduceOp.MAX)
+    for parameter, flag in zip(parameters, flags.tolist(), strict=True):
+        if flag and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [bool(flag) for flag in flags.tolist()]
+
+
+@torch.no_grad()
 def sum_gradients(group: Group, parameters: Sequence[nn.Parameter]) -> None:
     """Sum everyone's gradients of some parameters in one call.
 
     A parameter that nothing used in this step has none, on no process: it stays so.
     """
-    if group.size == 1:
+    sum_tensors(group, [p.grad for p in parameters if p.grad is not None])
+
+
+@torch.no_grad()
+def sum_tensors(group: Group, tensors: Sequence[Tensor]) -> None:
+    """Sum everyone's tensors, each in its place, in one call."""
+    if group.size == 1 or not tensors:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return
-    flat = group.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(total.view_as(gradient))
+    flat = group.all_reduce(torch.cat([tensor.flatten() for tensor in tensors]))
+    for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
 @torch.no_grad()
@@ -154,7 +186,8 @@ def clip(gradients: Iterable[tuple[Tensor, Role, int]], world: Group, clip_norm:
     for gradient, role, replicas in gradients:
         number = int(role is Role.AUX_ROUTER)
         (apart if number else own).append(gradient)
-        squares[number].append(gradient.double().square().sum() / replicas)
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        squares[number].append(norm.square() / replicas)
         device = gradient.device
     sums = torch.stack(
         [

@@ -1,29 +1,36 @@
-"""A model on a mesh: what the training loop uses instead of one process's executor and optimizer."""
+"""A model on a mesh: what the training loop uses instead of an executor and an optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from moebius.model.context import StepContext
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor, StepResult, TokenBatch
 from moebius.model.objective import TeacherModel
 from moebius.parallel.batch import row_ranges
+from moebius.parallel.comm import Group
 from moebius.parallel.config import ParallelConfig
-from moebius.parallel.engine import Engine, MakeOptimizer, ReplicatedEngine
+from moebius.parallel.engine import Engine, MakeOptimizer, ReplicatedEngine, of_all_stages
+from moebius.parallel.fsdp import FSDPEngine, ShardedExecutor
 from moebius.parallel.ledger import merge_results
 from moebius.parallel.mesh import Mesh
+from moebius.parallel.messages import Channel
+from moebius.parallel.pipeline import PipelineExecutor
 from moebius.parallel.place import place, row_spread
+from moebius.parallel.stage import Stage, cut_stages, keep_parts, parts_of
 from moebius.parallel.zero import ZeroEngine
 
 
 class Layout:
-    """A decoder whose weights were cut to this process's parts, its executor and its engine.
+    """A decoder of which this process keeps its parts, its executor and its engine.
 
     Give it a whole, initialised decoder, the same on every process; the layout must be legal for
-    it, see `parallel.rules`. One process alone is a layout, too.
+    it, see `parallel.rules`. One process alone is a layout, too. `row_length` is that of rows in
+    training, at which pipeline stages are to be alike in cost.
     """
 
     def __init__(
@@ -31,18 +38,61 @@ class Layout:
         decoder: Decoder,
         config: ParallelConfig,
         make_optimizer: MakeOptimizer,
+        row_length: int,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         self.config = config
-        self.mesh = Mesh(config)
-        placed = place(decoder, config, self.mesh)
-        spread = row_spread(config, self.mesh)
-        self.executor = LocalExecutor(decoder, autocast_dtype, spread=spread)
+        self.decoder = decoder
+        self.mesh = Mesh(config, decoder.norm.weight.device.type)
+        stages = _stages(decoder, config, row_length)
+        tied = _keep_stages(decoder, stages, self.mesh)
+        placed = place(decoder, config, self.mesh, tied)
+        device = placed[0].parameter.device
+        local = LocalExecutor(decoder, autocast_dtype, spread=row_spread(config, self.mesh))
+        self.executor: LocalExecutor | PipelineExecutor = local
+        if self.mesh.pp.size > 1:
+            own = stages[self.mesh.pp.rank :: self.mesh.pp.size]
+            channel = Channel(self.mesh.pp, device)
+            self.executor = PipelineExecutor(local, own, channel, config.pipeline.schedule)
         self.engine: Engine
-        if config.data == "zero1" and self.mesh.world.size > 1:
+        if config.data == "fsdp2" and self.mesh.data.size > 1:
+            self.executor = ShardedExecutor(local, self.mesh)
+            self.engine = FSDPEngine(self.executor, placed, self.mesh, make_optimizer)
+        elif config.data == "zero1" and self.mesh.world.size > 1:
             self.engine = ZeroEngine(placed, self.mesh, make_optimizer)
         else:
             self.engine = ReplicatedEngine(placed, self.mesh, make_optimizer)
+
+    def loss_sums(
+        self, batch: TokenBatch, step: StepContext, exits: Sequence[int] = ()
+    ) -> dict[int, Tensor]:
+        """Cross-entropy summed over a batch, of which each process computes its part, by exit."""
+        last = len(self.decoder.program.visits)
+        exits = exits or (last,)
+        sums = torch.zeros(len(exits), dtype=torch.float64, device=batch.tokens_BS.device)
+        ((start, end),) = self.row_ranges(len(batch.tokens_BS), max(len(batch.tokens_BS), 1))
+        found = self.executor.token_losses(batch.rows(start, end), step, exits)
+        for number, losses_BS in found.items():
+            sums[exits.index(number)] = losses_BS.double().sum()
+        self.mesh.pp.all_reduce(self.mesh.data.all_reduce(sums))
+        return dict(zip(exits, sums, strict=True))
+
+    def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        """Take the own parts of a whole model, its buffers included, and its optimizer's state."""
+        self.engine.load_model(model)
+        self.engine.load_optimizer(optimizer)
+        for name, buffer in self.decoder.state_dict().items():
+            if name in self._buffers:
+                buffer.copy_(model[name])
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What controllers and routers remember, of all stages; a collective call."""
+        own = {name: b for name, b in self.decoder.state_dict().items() if name in self._buffers}
+        return of_all_stages(own, self.mesh)
+
+    @property
+    def _buffers(self) -> set[str]:
+        return {name for name, _ in self.decoder.named_buffers()}
 
     def row_ranges(self, num_rows: int, micro_batch_size: int) -> list[tuple[int, int]]:
         """(start, end) of this process's micro-batches in a batch."""
@@ -59,3 +109,25 @@ class Layout:
         result of the whole step, which has so many labels."""
         result = self.executor.accumulate_gradients(micro_batches, step, teacher, num_labels)
         return merge_results(result, self.mesh)
+
+
+def _stages(decoder: Decoder, config: ParallelConfig, row_length: int) -> tuple[Stage, ...]:
+    if config.pp == 1:
+        return ()
+    return cut_stages(decoder, config.pp * config.pipeline.stages_per_rank, row_length)
+
+
+def _keep_stages(decoder: Decoder, stages: Sequence[Stage], mesh: Mesh) -> dict[str, Group]:
+    """Keep what the own stages use; by part, the stages that have it too."""
+    if not stages:
+        return {}
+    size = mesh.pp.size
+    parts = [parts_of(decoder, stages[rank::size]) for rank in range(size)]
+    holders = {
+        part: tuple(rank for rank in range(size) if part in parts[rank])
+        for part in sorted(set().union(*parts))
+    }
+    groups = {ranks: mesh.pp_group(ranks) for ranks in sorted(set(holders.values())) if ranks[1:]}
+    keep_parts(decoder, parts[mesh.pp.rank])
+    found = {part: groups.get(ranks) for part, ranks in holders.items()}
+    return {part: group for part, group in found.items() if group is not None}

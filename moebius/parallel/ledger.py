@@ -25,7 +25,9 @@ def merge_results(result: StepResult, mesh: Mesh) -> StepResult:
     """
     if mesh.world.size == 1:
         return result
-    losses = _unflatten(result.losses, mesh.data.all_reduce(_flatten(result.losses)))
+    losses = result.losses
+    if losses:  # where the head is
+        losses = _unflatten(losses, mesh.data.all_reduce(_flatten(losses)))
     ledger = _merge_rows(result.ledger, mesh.dp)
     if mesh.pp.size > 1:
         losses, ledger = _merge_stages(losses, ledger, mesh.pp)

@@ -58,11 +58,12 @@ class Mesh:
     The groups that come in more than one size are all made here, in the same order everywhere.
     """
 
-    def __init__(self, config: ParallelConfig) -> None:
+    def __init__(self, config: ParallelConfig, device_type: str = "cpu") -> None:
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.axes = Axes.of(config, self.world_size)
         self.traffic = Traffic()
+        self.device_type = device_type
         sizes = self.axes.dense
         self.pp = self._group("pp")
         self.dp = self._group("dp_replicate", "dp_shard")
@@ -80,10 +81,11 @@ class Mesh:
         self.ep = self._group("ep")
         self.etp = self._group("etp")
         self.world = self._group(*DENSE)
-        self.copies = {
-            n: self._copies(n) for n in range(2, sizes["tp"] + 1) if sizes["tp"] % n == 0
-        }
-        """by number, neighbours along tp that hold the same keys, with those of the data axes"""
+        numbers = [n for n in range(2, sizes["tp"] + 1) if sizes["tp"] % n == 0]
+        self.neighbours = {n: self._copies(n) for n in numbers}
+        """by number, so many neighbours along tp"""
+        self.copies = {n: self._copies(n, "dp_replicate", "dp_shard", "cp") for n in numbers}
+        """the same with those of the data axes: all that hold the same keys"""
 
     def _group(self, *axes: str) -> Group:
         view = (
@@ -91,13 +93,22 @@ class Mesh:
         )
         return self._make("*".join(axes), partition(view, axes))
 
-    def _copies(self, number: int) -> Group:
-        """Processes of the data axes and of so many neighbours along tp."""
+    def pp_group(self, stages: Sequence[int]) -> Group | None:
+        """This process's part of some processes of the pipeline, None where it is not among them; a
+        collective call of all processes."""
+        pipelines = partition(self.axes.dense, ("pp",))
+        lists = [[ranks[stage] for stage in stages] for ranks in pipelines]
+        group, _ = dist.new_subgroups_by_enumeration(lists)
+        own = next((ranks for ranks in lists if self.rank in ranks), None)
+        return None if own is None else Group("tied", own, group, self.traffic)
+
+    def _copies(self, number: int, *axes: str) -> Group:
+        """So many neighbours along tp, and the processes of some other axes."""
         sizes = dict(self.axes.dense)
         sizes["tp"] //= number
         sizes["copies"] = number
-        axes = ("dp_replicate", "dp_shard", "cp", "copies")
-        return self._make(f"data*{number} of tp", partition(sizes, axes))
+        name = "*".join((*axes, f"{number} of tp"))
+        return self._make(name, partition(sizes, (*axes, "copies")))
 
     def _make(self, name: str, lists: list[list[int]]) -> Group:
         own = next(ranks for ranks in lists if self.rank in ranks)

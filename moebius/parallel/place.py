@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from moebius.parallel.expert import split_experts
 from moebius.parallel.mesh import Mesh
 from moebius.parallel.placement import Cut, Placement
 from moebius.parallel.rows import RowSpread
+from moebius.parallel.stage import part_of
 from moebius.parallel.tensor import split_weights
 
 
@@ -38,10 +40,13 @@ def row_spread(config: ParallelConfig, mesh: Mesh) -> Spread:
 
 
 @torch.no_grad()
-def place(decoder: Decoder, config: ParallelConfig, mesh: Mesh) -> list[Placed]:
-    """Cut the weights of a whole decoder and say where the parts are.
+def place(
+    decoder: Decoder, config: ParallelConfig, mesh: Mesh, tied: Mapping[str, Group]
+) -> list[Placed]:
+    """Cut the weights of a whole decoder, or of the part that a stage has, and say where they are.
 
-    The layout must be legal for the model, see `parallel.rules`.
+    `tied` names the stages of the parts (see `stage.part_of`) that several have. The layout must be
+    legal for the model, see `parallel.rules`.
     """
     cuts: dict[nn.Parameter, tuple[Cut, ...]] = {}
     reduce = _ReduceGroups(config, mesh)
@@ -54,7 +59,8 @@ def place(decoder: Decoder, config: ParallelConfig, mesh: Mesh) -> list[Placed]:
         reduce.note_expert(parameter)
     placed = []
     for name, parameter, spec in named_specs(decoder):
-        placement = Placement(cuts.get(parameter, ()), reduce.of(parameter))
+        holders = tied.get(part_of(name))
+        placement = Placement(cuts.get(parameter, ()), reduce.of(parameter), holders)
         parameter.data = placement.take(parameter.data).clone()
         placed.append(Placed(name, parameter, spec, placement))
     return placed

@@ -6,15 +6,14 @@ communicates once at its beginning and once at its end. The modules are the mode
 their sizes from their weights.
 """
 
-from collections.abc import Iterator
-
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moebius.model.attention import Attention
 from moebius.model.bdh import BDHLayer
-from moebius.model.decoder import Decoder
+from moebius.model.decoder import Decoder, Embedding
 from moebius.model.ffn import SwiGLU
+from moebius.model.parameters import Linear
 from moebius.model.region import Region
 from moebius.model.visit import VisitLinear
 from moebius.parallel.comm import Group
@@ -81,9 +80,14 @@ def split_weights(decoder: Decoder, group: Group, sequence: bool) -> dict[nn.Par
         else:
             continue
         module.region = region
-    decoder.embedding.vocabulary = VocabularyPart(group, decoder.config.vocab_size)
-    decoder.embedding.region = decoder.head_region = region
-    found |= {weight: Cut(group, 0) for weight in _vocabulary_weights(decoder)}
+    decoder.vocabulary = VocabularyPart(group, decoder.config.vocab_size)
+    decoder.head_region = region
+    for name in ("embedding", "head"):  # a pipeline stage may lack them
+        ends: Embedding | Linear | None = getattr(decoder, name, None)
+        if isinstance(ends, Embedding):
+            ends.vocabulary, ends.region = decoder.vocabulary, region
+        if ends is not None:
+            found[ends.weight] = Cut(group, 0)
     return found
 
 
@@ -101,9 +105,3 @@ def _by_inputs(linear: VisitLinear, group: Group) -> dict[nn.Parameter, Cut | No
     if linear.adapter is not None:
         cuts |= {linear.down: Cut(group, 2), linear.up: None}
     return cuts
-
-
-def _vocabulary_weights(decoder: Decoder) -> Iterator[nn.Parameter]:
-    yield decoder.embedding.weight
-    if decoder.head is not None:
-        yield decoder.head.weight

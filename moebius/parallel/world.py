@@ -1,15 +1,87 @@
-"""The processes a launcher started."""
+"""The processes a launcher started, and how they join."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from moebius.errors import LayoutError
 
+T = TypeVar("T")
+PREPARATION = timedelta(days=2)
+"""how long others wait for what one process prepares"""
 
-def check_world_size() -> None:
-    """Raise LayoutError under a launcher that started several processes."""
-    world_size = int(os.environ.get("WORLD_SIZE") or 1)
-    if world_size != 1:
+
+def world_size() -> int:
+    """Processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
+def check_alone(command: str) -> None:
+    """Raise LayoutError where a launcher has started several processes for a command of one."""
+    if world_size() > 1:
         raise LayoutError(
-            f"world size {world_size}: this version trains in one process",
-            "launch with --nproc-per-node 1 on one node",
+            f"world size {world_size()}: moebius {command} runs in one process",
+            "start it without torchrun, or with --nproc-per-node 1 on one node",
         )
+
+
+@contextmanager
+def joined(device: torch.device, timeout: float) -> Iterator[Store | None]:
+    """Connect the processes, if there are several; `timeout` in seconds is that of collectives.
+
+    Gives the store through which they have found each other.
+
+    Every attempt of an elastic launcher gets a part of the store of its own: addresses of processes
+    that have died would otherwise be tried again.
+    """
+    if world_size() == 1:
+        yield None
+        return
+    shared, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+    )
+    try:
+        yield store
+    finally:
+        dist.destroy_process_group()
+
+
+def main_first(action: Callable[[], T], store: Store | None) -> T:
+    """Do something on one process of the world before all others do it: what it leaves on disk the
+    others find."""
+    if store is not None and not is_main():
+        store.wait(["prepared"], PREPARATION)
+    result = action()
+    if store is not None and is_main():
+        store.set("prepared", "1")
+    return result
+
+
+def agree(value: int) -> int:
+    """The largest of everyone's numbers."""
+    if world_size() == 1:
+        return value
+    number = torch.tensor(value)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)

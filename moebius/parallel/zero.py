@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from moebius.model.parameters import Role
 from moebius.parallel.comm import Group
-from moebius.parallel.engine import MakeOptimizer, clip
+from moebius.parallel.engine import (
+    MakeOptimizer,
+    agree_on_use,
+    clip,
+    of_all_stages,
+    whole_parameters,
+)
 from moebius.parallel.mesh import Mesh
 from moebius.parallel.place import Placed
 
@@ -61,6 +67,8 @@ class Bucket:
     @torch.no_grad()
     def reduce(self) -> None:
         """Hand every piece its gradient; the parameters lose theirs."""
+        if self.tied is not None:
+            agree_on_use(self.tied, [p.parameter for p in self.placed])
         flat = torch.zeros_like(self.values)
         offset = 0
         used = set()
@@ -133,7 +141,7 @@ class ZeroEngine:
 
     def model_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {p.name: p.placement.join(p.parameter.detach()) for p in self.placed}
+        return whole_parameters(self.placed, self.mesh)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
@@ -144,7 +152,7 @@ class ZeroEngine:
             }
             for p in bucket.placed:
                 found |= self._whole_state(bucket, p, states.get(p.name, {}))
-        return found
+        return of_all_stages(found, self.mesh)
 
     def _whole_state(
         self, bucket: Bucket, p: Placed, state: dict[str, Tensor]

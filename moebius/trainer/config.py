@@ -11,6 +11,8 @@ from moebius.model.config import ModelConfig
 from moebius.model.context import Recompute
 from moebius.model.recursion.config import TokenChoiceConfig
 from moebius.model.rules import MODEL_RULES
+from moebius.parallel.config import ParallelConfig
+from moebius.parallel.rules import Asked, layout_problems
 from moebius.trainer.optim import OptimConfig
 from moebius.trainer.schedules import WSDSchedule
 
@@ -88,6 +90,8 @@ class RunConfig(ConfigNode):
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    """processes: who holds and does what"""
     distillation: DistillationConfig | None = None
     """a teacher"""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -111,6 +115,8 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "train": train,
         "data": {"dir", "source", "tokenizer", "validation_fraction"},
     }
+    if not depends_on_micro_batch(config.model):  # which data parallelism cuts, too
+        excluded["parallel"] = True
     leaves = dict(_leaves(config.model_dump(mode="json", exclude=excluded), ()))
     # Where replayed decisions lie may change, too, and where a teacher does: its weights are known.
     moving = ("selector.path", "distillation.teacher", "distillation.step")
@@ -190,7 +196,18 @@ def problems(config: RunConfig) -> Iterator[Problem]:
         ("data.", config.data, DATA_RULES),
         ("", config, RUN_RULES),
     )
+    found = 0
     for prefix, node, rules in tables:
         for rule in rules:
             for path, message in rule(node):
+                found += 1
                 yield Problem(prefix + path, message)
+    if not found:  # whether a layout fits is a question about a valid model
+        yield from layout_problems(
+            Asked(
+                config.model,
+                config.parallel,
+                config.data.sequence_length,
+                distils=config.distillation is not None,
+            )
+        )

@@ -11,10 +11,11 @@ from moebius.model.context import Mode, StepContext
 from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
 from moebius.model.recursion.config import ExpertChoiceConfig
+from moebius.parallel.layout import Layout
 
 
 def evaluate(
-    executor: LocalExecutor,
+    executor: LocalExecutor | Layout,
     batches: Iterable[Batch],
     token_bytes_V: Tensor,
     device: torch.device,
@@ -29,11 +30,12 @@ def evaluate(
     the run's: what is scheduled or random in routing follows them. `token_bytes` is the length of
     each id's text, see `data.tokenizer.token_bytes`.
     """
+    model = executor.decoder.config
     modes: dict[str, Mode] = {"": "threshold"}
-    if isinstance(executor.decoder.config.depth.router, ExpertChoiceConfig):
+    if isinstance(model.depth.router, ExpertChoiceConfig):
         modes["topk_"] = "topk"
-    last = len(executor.program.visits)
-    config = executor.decoder.config.exits
+    last = model.depth.num_layers
+    config = model.exits
     early = tuple(n for n in config.after if n < last) if config else ()
     sums: dict[str, float] = {}
     num_tokens = num_bytes = 0
@@ -44,9 +46,9 @@ def evaluate(
         for prefix, mode in modes.items():
             context = StepContext(mode, Ledger(), step, seed)
             exits = (*early, last) if mode == "threshold" else (last,)
-            for number, losses_BS in executor.token_losses(on_device, context, exits).items():
+            for number, found in executor.loss_sums(on_device, context, exits).items():
                 name = prefix if number == last else f"exit_{number}_"
-                sums[name] = sums.get(name, 0.0) + float(losses_BS.double().sum())
+                sums[name] = sums.get(name, 0.0) + float(found)
     metrics = {}
     for name, total in sums.items():
         metrics[f"eval/{name}loss"] = total / num_tokens

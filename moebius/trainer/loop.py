@@ -1,7 +1,8 @@
 """The training loop."""
 
+from moebius.parallel.world import agree
 from moebius.trainer.callbacks.base import StepReport
-from moebius.trainer.optim import clip_gradients, set_lr
+from moebius.trainer.optim import set_lr
 from moebius.trainer.run import Run
 from moebius.trainer.schedules import lr_ratio
 
@@ -18,6 +19,7 @@ def train(run: Run) -> None:
             run.step += 1
             for callback in run.callbacks:
                 callback.on_step_end(run, report)
+            run.stop_signal = agree(run.stop_signal or 0) or None
         for callback in run.callbacks:
             callback.on_end(run)
     finally:
@@ -28,13 +30,16 @@ def train(run: Run) -> None:
 def train_step(run: Run) -> StepReport:
     """One optimizer step on the next batch of the stream."""
     config = run.config
-    batch = next(run.stream).to(run.device)
-    micro_batches = batch.split(config.train.micro_batch_size or config.train.batch_size)
-    result = run.executor.accumulate_gradients(micro_batches, run.step_context, run.teacher)
-    grad_norm = clip_gradients(run.decoder, config.optim.clip_norm)
+    size = config.train.batch_size
+    sample_ids = range(run.stream.position, run.stream.position + size)
+    ranges = run.layout.row_ranges(size, config.train.micro_batch_size or size)
+    micro_batches = [batch.to(run.device) for batch in run.stream.take(ranges)]
+    num_labels = size * config.data.sequence_length
+    result = run.layout.accumulate_gradients(
+        micro_batches, num_labels, run.step_context, run.teacher
+    )
     lr = config.optim.lr * lr_ratio(config.optim.schedule, run.step, config.train.num_steps)
-    set_lr(run.optimizer, lr)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    set_lr(run.layout.engine.optimizer, lr)
+    grad_norm = run.layout.engine.step(config.optim.clip_norm)
     run.decoder.update_routers(result.ledger, run.step)
-    return StepReport(result.losses, grad_norm, lr, result.ledger, batch.sample_ids_B)
+    return StepReport(result.losses, grad_norm, lr, result.ledger, sample_ids)

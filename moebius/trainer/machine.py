@@ -1,5 +1,6 @@
 """The machine: which device to use, and what it can do (measured instead of looked up)."""
 
+import os
 import time
 
 import torch
@@ -11,14 +12,16 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def select_device(name: Device) -> torch.device:
-    """The device of that name, auto being cuda where there is one.
+    """The device of that name, auto being cuda where there is one; of several the launcher's.
 
     Raises LayoutError where the asked one is not there.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise LayoutError("device: cuda, but torch sees no CUDA device", "use auto or cpu")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float) -> float:

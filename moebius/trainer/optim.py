@@ -1,14 +1,14 @@
 """AdamW with options by parameter role."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch import nn
 
 from moebius.config import ConfigNode
-from moebius.model.parameters import Role, named_specs
+from moebius.model.parameters import ParameterSpec, Role
 from moebius.trainer.schedules import CosineSchedule, Schedule
 
 RoleName = Literal[
@@ -55,14 +55,16 @@ class OptimConfig(ConfigNode):
     """options by parameter role"""
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    parameters: Iterable[tuple[nn.Parameter, ParameterSpec]], config: OptimConfig
+) -> torch.optim.AdamW:
     """One parameter group per role, each with its `lr_scale`; frozen parameters are in none."""
     groups: dict[Role, list[nn.Parameter]] = {}
-    for _, parameter, spec in named_specs(model):
+    for parameter, spec in parameters:
         if spec.role is not Role.FROZEN:
             groups.setdefault(spec.role, []).append(parameter)
     param_groups = []
-    for role, parameters in groups.items():
+    for role, members in groups.items():
         options = next((o for name, o in config.roles.items() if name == role), RoleOptions())
         decay = options.weight_decay
         if decay is None:
@@ -70,23 +72,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         scale = options.lr_scale
         if scale is None:
             scale = 10.0 if role is Role.AUX_ROUTER else 1.0
-        param_groups.append({"params": parameters, "weight_decay": decay, "lr_scale": scale})
+        param_groups.append({"params": members, "weight_decay": decay, "lr_scale": scale})
+    # A process may have nothing to update, where more processes than elements share it out.
     return torch.optim.AdamW(
-        param_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        param_groups or [{"params": [nn.Parameter(torch.zeros(0))], "lr_scale": 1.0}],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
     )
-
-
-def clip_gradients(model: nn.Module, clip_norm: float) -> Tensor:
-    """Scale gradients down to a global norm of at most `clip_norm`; returns the norm before.
-
-    Auxiliary routers are clipped by themselves, and not counted: they must not change the model.
-    """
-    own: list[nn.Parameter] = []
-    apart: list[nn.Parameter] = []
-    for _, parameter, spec in named_specs(model):
-        (apart if spec.role is Role.AUX_ROUTER else own).append(parameter)
-    clip_grad_norm_(apart, clip_norm)
-    return clip_grad_norm_(own, clip_norm)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,5 +1,6 @@
 """Decisions over width on disk: one safetensors file per recorded step."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +15,11 @@ from moebius.model.moe.replay import RoutingTable
 SAMPLE_IDS = "sample_ids"
 
 
-def save_routing(folder: Path, step: int, sample_ids_B: Tensor, ledger: Ledger) -> None:
+def save_routing(folder: Path, step: int, sample_ids: Sequence[int], ledger: Ledger) -> None:
     """Write the decisions of a step: by site the experts `[B, S, K]`, int16."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {str(site): ids.to(torch.int16).cpu() for site, ids in ledger.routings.items()}
-    tensors[SAMPLE_IDS] = sample_ids_B.cpu()
+    tensors[SAMPLE_IDS] = torch.tensor(sample_ids)
     path = folder / f"step-{step:08}.safetensors"
     temporary = path.with_suffix(".tmp")
     save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)

@@ -6,6 +6,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,21 +20,17 @@ from moebius.files import write_whole
 from moebius.model.config import ModelConfig
 from moebius.model.context import StepContext
 from moebius.model.decoder import Decoder
-from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
 from moebius.model.moe.forced import Replay
 from moebius.model.moe.replay import RoutingTable
 from moebius.model.objective import TeacherModel
 from moebius.model.parameters import initialize
+from moebius.parallel.layout import Layout
+from moebius.parallel.world import is_main
 from moebius.trainer.callbacks.base import Callback
 from moebius.trainer.checkpoint.commit import CommitRecord
 from moebius.trainer.checkpoint.store import CheckpointStore
-from moebius.trainer.checkpoint.tensors import (
-    load_model,
-    load_optimizer,
-    model_tensors,
-    optimizer_tensors,
-)
+from moebius.trainer.checkpoint.tensors import check_model, check_optimizer
 from moebius.trainer.config import RunConfig, identity
 from moebius.trainer.config_file import load_config
 from moebius.trainer.generation import check_causal
@@ -59,8 +56,16 @@ class Run:
         self.decoder = Decoder(config.model)
         initialize(self.decoder, config.train.seed)
         self.decoder.to(self.device)
-        self.executor = LocalExecutor(self.decoder, AUTOCAST[config.train.precision])
-        self.optimizer = build_optimizer(self.decoder, config.optim)
+        with torch.device("meta"):
+            self.blueprint = Decoder(config.model)
+        """the whole model without numbers: this process may hold a part of it"""
+        self.layout = Layout(
+            self.decoder,
+            config.parallel,
+            partial(build_optimizer, config=config.optim),
+            config.data.sequence_length,
+            AUTOCAST[config.train.precision],
+        )
         data, length = Path(config.data.dir), config.data.sequence_length
         self.corpus = manifest.fingerprint
         self.validation = SplitReader(data, manifest, "validation", length)
@@ -96,8 +101,14 @@ class Run:
         for callback in self.callbacks:
             callback.on_metrics(self, metrics)
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present step."""
+    def save(self) -> None:
+        """Write a checkpoint of the present step; a collective call, one process writes."""
+        tensors = {
+            "model": self.layout.engine.model_tensors() | self.layout.buffers(),
+            "optimizer": self.layout.engine.optimizer_tensors(),
+        }
+        if not is_main():
+            return
         record = CommitRecord(
             step=self.step,
             position=self.stream.position,
@@ -108,11 +119,7 @@ class Run:
             teacher=self.teacher_weights,
             files={},
         )
-        tensors = {
-            "model": model_tensors(self.decoder),
-            "optimizer": optimizer_tensors(self.decoder, self.optimizer),
-        }
-        return self.store.save(record, tensors)
+        self.store.save(record, tensors)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint; a folder without one starts from the beginning."""
@@ -136,8 +143,9 @@ class Run:
                 "distillation.teacher",
                 "name the teacher and the step it was trained with, or another run_dir",
             )
-        load_model(self.decoder, tensors["model"])
-        load_optimizer(self.decoder, self.optimizer, tensors["optimizer"])
+        check_model(self.blueprint, tensors["model"])
+        check_optimizer(self.blueprint, tensors["optimizer"])
+        self.layout.load(tensors["model"], tensors["optimizer"])
         self.step = record.step
         self.stream.position = record.position
         for callback in self.callbacks:

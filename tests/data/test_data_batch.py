@@ -114,17 +114,13 @@ def test_making_a_batch_leaves_the_windows_unchanged() -> None:
     assert np.array_equal(windows, before)
 
 
-@pytest.mark.parametrize(
-    ("rows", "sizes"), [(1, [1] * 8), (2, [2] * 4), (3, [3, 3, 2]), (8, [8]), (9, [8])]
-)
-def test_split_keeps_all_rows_in_order(rows: int, sizes: list[int]) -> None:
+@pytest.mark.parametrize(("start", "end"), [(0, 8), (0, 1), (3, 7), (5, 5), (8, 8)])
+def test_rows_are_the_rows(start: int, end: int) -> None:
     batch = make_batch(random_windows(8, 16, 0.2, seed=2), EOD)
-    parts = batch.split(rows)
-    assert [part.tokens_BS.shape[0] for part in parts] == sizes
+    part = batch.rows(start, end)
+    assert part.num_tokens == (end - start) * 16
     for field in ALL_FIELDS:
-        joined = torch.cat([getattr(part, field) for part in parts])
-        assert torch.equal(joined, getattr(batch, field)), field
-    assert sum(part.num_tokens for part in parts) == batch.num_tokens
+        assert torch.equal(getattr(part, field), getattr(batch, field)[start:end]), field
 
 
 def test_to_moves_every_tensor_to_its_own_place() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from torch import Tensor
 
 from moebius.data.manifest import read_manifest
 from moebius.trainer.callbacks.base import Callback, StepReport
@@ -57,6 +58,12 @@ def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
         claim_folder(config)
         train(run)
     return run
+
+
+def saved_state(run: Run) -> dict[str, Tensor]:
+    """What a checkpoint of the run would hold: parameters, buffers, the optimizer's state."""
+    engine = run.layout.engine
+    return engine.model_tensors() | run.layout.buffers() | engine.optimizer_tensors()
 
 
 def logged(folder: str | Path) -> list[dict[str, Any]]:

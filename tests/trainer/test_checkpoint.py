@@ -4,20 +4,22 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from moebius.errors import CheckpointError
+from moebius.model.context import StepContext
+from moebius.model.ledger import Ledger
+from moebius.model.parameters import ParameterSpec
+from moebius.parallel.config import ParallelConfig
+from moebius.parallel.layout import Layout
 from moebius.trainer.checkpoint.commit import RECORD_NAME, CommitRecord
 from moebius.trainer.checkpoint.store import CheckpointStore
-from moebius.trainer.checkpoint.tensors import (
-    load_model,
-    load_optimizer,
-    model_tensors,
-    optimizer_tensors,
-)
+from moebius.trainer.checkpoint.tensors import check_optimizer, load_model
 from moebius.trainer.optim import OptimConfig, build_optimizer
 from tests.model.helpers import build, random_batch
 
@@ -152,38 +154,44 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path / "none", keep=1).find() is None
 
 
+def adamw(parameters: Iterable[tuple[nn.Parameter, ParameterSpec]]) -> torch.optim.Optimizer:
+    return build_optimizer(parameters, OptimConfig())
+
+
 def test_model_and_optimizer_state_survive(tmp_path: Path) -> None:
     """Bit for bit, into a model that started from other values."""
-    executor, other = build(seed=0), build(seed=1)
-    optimizer = build_optimizer(executor.decoder, OptimConfig())
-    executor.accumulate_gradients([random_batch(2, 8)])
-    optimizer.step()
-    other_optimizer = build_optimizer(other.decoder, OptimConfig())
-    load_model(other.decoder, model_tensors(executor.decoder))
-    state = optimizer_tensors(executor.decoder, optimizer)
-    load_optimizer(other.decoder, other_optimizer, state)
-    for name, tensor in model_tensors(executor.decoder).items():
-        assert torch.equal(model_tensors(other.decoder)[name], tensor)
-    lacking = {name: value for name, value in state.items() if name != "norm.weight/exp_avg"}
+    layout, other = (
+        Layout(build(seed=seed).decoder, ParallelConfig(), adamw, 8) for seed in (0, 1)
+    )
+    layout.accumulate_gradients([random_batch(2, 8)], 16, StepContext("topk", Ledger()))
+    layout.engine.step(1.0)
+    model = layout.engine.model_tensors() | layout.buffers()
+    optimizer = layout.engine.optimizer_tensors()
+    other.load(model, optimizer)
+    for found, expected in [
+        (other.engine.model_tensors() | other.buffers(), model),
+        (other.engine.optimizer_tensors(), optimizer),
+    ]:
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    lacking = {name: value for name, value in optimizer.items() if name != "norm.weight/exp_avg"}
     with pytest.raises(CheckpointError, match=r"norm\.weight/exp_avg is not in the checkpoint"):
-        load_optimizer(other.decoder, other_optimizer, lacking)
-    again = optimizer_tensors(other.decoder, other_optimizer)
-    assert again.keys() == state.keys()
-    assert all(torch.equal(again[name], state[name]) for name in state)
+        check_optimizer(build().decoder, lacking)
 
 
 def test_a_checkpoint_of_another_model_is_refused() -> None:
     small, large = build(depth={"num_layers": 2}).decoder, build(depth={"num_layers": 3}).decoder
     with pytest.raises(CheckpointError, match=r"layers\.2\..* is not in the checkpoint"):
-        load_model(large, model_tensors(small))
+        load_model(large, small.state_dict())
     with pytest.raises(CheckpointError, match=r"layers\.2\..* is not in the model"):
-        load_model(small, model_tensors(large))
+        load_model(small, large.state_dict())
     small.register_buffer("bias", torch.ones(2))
-    assert "bias" in model_tensors(small), "persistent buffers are part of a model"
+    with pytest.raises(CheckpointError, match="bias is not in the checkpoint"):
+        load_model(small, build(depth={"num_layers": 2}).decoder.state_dict())
     small = build(depth={"num_layers": 2}).decoder
     wide = build(hidden_size=64, depth={"num_layers": 2}).decoder
     with pytest.raises(CheckpointError, match=r"the model's is"):
-        load_model(wide, model_tensors(small))
+        load_model(wide, small.state_dict())
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:

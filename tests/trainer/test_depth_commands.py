@@ -13,7 +13,6 @@ from moebius.errors import CheckpointError, ConfigError, DataError
 from moebius.model.context import StepContext
 from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
-from moebius.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
 from moebius.trainer.cli import main
 from moebius.trainer.commands.generate import read_prompts
 from moebius.trainer.config import RunConfig
@@ -23,7 +22,7 @@ from moebius.trainer.restore import TrainedModel, restore
 from moebius.trainer.run import Run
 from moebius.trainer.sweep import Setting, best_settings, program_of, settings, sweep
 from tests.conftest import model_tree
-from tests.trainer.helpers import logged, train_run, write_config
+from tests.trainer.helpers import logged, saved_state, train_run, write_config
 
 DENSE = {"kind": "dense", "intermediate_size": 48}
 LOOP = {"num_layers": 6, "sharing": "middle_cycle", "num_recursions": 2}
@@ -52,10 +51,6 @@ def distilled(tree: dict[str, Any], folder: Path, name: str, teacher: Path) -> R
     )
 
 
-def state(run: Run) -> dict[str, torch.Tensor]:
-    return model_tensors(run.decoder) | optimizer_tensors(run.decoder, run.optimizer)
-
-
 def test_distillation_resumes_exactly_and_knows_its_teacher(
     run_tree: dict[str, Any], tmp_path: Path, dense: Path
 ) -> None:
@@ -65,9 +60,9 @@ def test_distillation_resumes_exactly_and_knows_its_teacher(
     train_run(parted, stop_after=3)
     resumed = train_run(parted)
     assert logged(resumed.folder) == logged(whole.folder)
-    for key, value in state(whole).items():
-        assert torch.equal(state(resumed)[key], value), key
-    assert not [name for name in state(whole) if "teacher" in name]
+    for key, value in saved_state(whole).items():
+        assert torch.equal(saved_state(resumed)[key], value), key
+    assert not [name for name in saved_state(whole) if "teacher" in name]
     lines = [line for line in logged(whole.folder) if "train/loss" in line]
     assert lines[-1]["train/distillation_loss"] < lines[0]["train/distillation_loss"]
 

@@ -4,8 +4,9 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
-from moebius.model.parameters import Role, named_specs
+from moebius.model.parameters import ParameterSpec, Role, named_specs
 from moebius.trainer.optim import OptimConfig, RoleName, RoleOptions, build_optimizer, set_lr
 from tests.model.helpers import build, random_batch
 
@@ -14,13 +15,17 @@ def test_config_knows_every_role_that_is_trained() -> None:
     assert set(get_args(RoleName)) == {role.value for role in Role} - {Role.FROZEN.value}
 
 
+def trained(model: nn.Module) -> list[tuple[nn.Parameter, ParameterSpec]]:
+    return [(parameter, spec) for _, parameter, spec in named_specs(model)]
+
+
 def test_each_parameter_is_in_one_group_with_the_options_of_its_role() -> None:
     decoder = build().decoder
     roles = {
         "router": RoleOptions(lr_scale=0.5, weight_decay=0.0),
         "norm_in": RoleOptions(weight_decay=0.3),
     }
-    optimizer = build_optimizer(decoder, OptimConfig(weight_decay=0.1, roles=roles))
+    optimizer = build_optimizer(trained(decoder), OptimConfig(weight_decay=0.1, roles=roles))
     set_lr(optimizer, 2.0)
     options = {
         id(parameter): (group["lr"], group["weight_decay"])
@@ -39,7 +44,7 @@ def test_first_step_is_adamw() -> None:
     """`w - lr * (wd * w + g / (|g| + eps))` after bias correction."""
     executor = build()
     config = OptimConfig(lr=1e-2, weight_decay=0.1)
-    optimizer = build_optimizer(executor.decoder, config)
+    optimizer = build_optimizer(trained(executor.decoder), config)
     executor.accumulate_gradients([random_batch(2, 8)])
     parameter = executor.decoder.get_parameter("layers.1.attention.q.weight")
     before, gradient = parameter.detach().clone(), parameter.grad
@@ -53,5 +58,5 @@ def test_first_step_is_adamw() -> None:
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_a_role_that_does_not_occur_is_no_group(tie: bool) -> None:
-    optimizer = build_optimizer(build(tie_embeddings=tie).decoder, OptimConfig())
+    optimizer = build_optimizer(trained(build(tie_embeddings=tie).decoder), OptimConfig())
     assert len(optimizer.param_groups) == (6 if tie else 7)

@@ -13,11 +13,10 @@ from moebius.data.manifest import read_manifest
 from moebius.data.prepare import prepare
 from moebius.errors import CheckpointError, TrainingError
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
-from moebius.trainer.checkpoint.tensors import model_tensors, optimizer_tensors
 from moebius.trainer.config import RunConfig
 from moebius.trainer.loop import train
 from moebius.trainer.run import Run, check_folder, claim_folder
-from tests.trainer.helpers import logged, train_run
+from tests.trainer.helpers import logged, saved_state, train_run
 
 
 def config_in(run_tree: dict[str, Any], folder: Path, **changes: Any) -> RunConfig:
@@ -26,13 +25,8 @@ def config_in(run_tree: dict[str, Any], folder: Path, **changes: Any) -> RunConf
 
 def same_state(a: Run, b: Run) -> bool:
     """Parameters and optimizer state, bit for bit."""
-    pairs = [
-        (model_tensors(a.decoder), model_tensors(b.decoder)),
-        (optimizer_tensors(a.decoder, a.optimizer), optimizer_tensors(b.decoder, b.optimizer)),
-    ]
-    return all(
-        x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x) for x, y in pairs
-    )
+    x, y = saved_state(a), saved_state(b)
+    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

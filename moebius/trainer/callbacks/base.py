@@ -22,7 +22,7 @@ class StepReport:
     grad_norm: Tensor
     lr: float
     ledger: Ledger
-    sample_ids_B: Tensor
+    sample_ids: range
 
 
 class Callback:

@@ -34,4 +34,4 @@ class EvaluationCallback(Callback):
             run.validation, run.config.train.batch_size, run.config.evaluation.num_batches
         )
         seed = run.config.train.seed
-        run.publish(evaluate(run.executor, batches, run.token_bytes_V, run.device, run.step, seed))
+        run.publish(evaluate(run.layout, batches, run.token_bytes_V, run.device, run.step, seed))

@@ -11,7 +11,7 @@ import torch
 from moebius.errors import TrainingError
 from moebius.model.cost import planned_work, training_flops
 from moebius.trainer.callbacks.base import Callback, StepReport
-from moebius.trainer.machine import matmul_flops_per_second
+from moebius.trainer.machine import AUTOCAST, matmul_flops_per_second
 from moebius.trainer.metrics import executed_rows, ffn_flops_per_token, routing_metrics
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class MetricsCallback(Callback):
         self.steps += 1
         if metrics:
             run.publish(
-                metrics | routing_metrics(run.decoder, report.ledger) | self._speed(run, report)
+                metrics | routing_metrics(run.blueprint, report.ledger) | self._speed(run, report)
             )
             self.seconds, self.steps = 0.0, 0
 
@@ -73,20 +73,21 @@ class MetricsCallback(Callback):
         rows, length = run.config.train.batch_size, run.config.data.sequence_length
         steps_per_second = self.steps / self.seconds
         work = report.ledger.work
-        executed = training_flops(run.decoder, work, executed_rows(report.ledger))
-        planned = planned_work(run.decoder, rows, length, run.step - 1)
-        nominal = training_flops(run.decoder, planned)
+        executed = training_flops(run.blueprint, work, executed_rows(report.ledger))
+        planned = planned_work(run.blueprint, rows, length, run.step - 1)
+        nominal = training_flops(run.blueprint, planned)
+        peak = self.peak * run.layout.mesh.world.size
         return {
             "speed/ffn_flops_per_token": ffn_flops_per_token(
-                run.decoder, report.ledger, rows * length
+                run.blueprint, report.ledger, rows * length
             ),
             "speed/tokens_per_second": rows * length * steps_per_second,
             "speed/step_seconds": 1 / steps_per_second,
-            "speed/mfu": executed * steps_per_second / self.peak,
-            "speed/mfu_nominal": nominal * steps_per_second / self.peak,
+            "speed/mfu": executed * steps_per_second / peak,
+            "speed/mfu_nominal": nominal * steps_per_second / peak,
         }
 
     def _measure(self, run: Run, seconds: float) -> None:
         """Keep the best rate seen: measured once, another process could halve it for good."""
-        dtype = run.executor.autocast_dtype or torch.float32
+        dtype = AUTOCAST[run.config.train.precision] or torch.float32
         self.peak = max(self.peak, matmul_flops_per_second(run.device, dtype, seconds))

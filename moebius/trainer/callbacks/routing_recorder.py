@@ -20,4 +20,4 @@ class RoutingRecorder(Callback):
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """Write the step that has just ended, if it was to be recorded."""
         if report.ledger.routings:
-            save_routing(run.folder / "routing", run.step, report.sample_ids_B, report.ledger)
+            save_routing(run.folder / "routing", run.step, report.sample_ids, report.ledger)

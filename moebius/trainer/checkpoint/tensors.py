@@ -1,4 +1,4 @@
-"""Model and optimizer as flat name -> tensor maps, and back."""
+"""Saved tensors of a model and its optimizer, by name: do they fit, and into the model."""
 
 from collections.abc import Mapping
 
@@ -8,49 +8,32 @@ from torch import Tensor, nn
 from moebius.errors import CheckpointError
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer once, under its unique-layer name."""
-    return model.state_dict()
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as `<parameter>/<key>`; groups and rates follow from the config."""
-    return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
 @torch.no_grad()
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved values into the model. Raises CheckpointError where names or shapes differ."""
-    own = model.state_dict()
-    _check(own, tensors)
-    for name, tensor in own.items():
+    """Copy saved values into a whole model. Raises CheckpointError where names or shapes differ."""
+    check_model(model, tensors)
+    for name, tensor in model.state_dict().items():
         tensor.copy_(tensors[name])
 
 
-def load_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
-    """Replace the optimizer's state by the saved one; raises CheckpointError if it does not fit.
+def check_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where saved tensors are not a model's parameters and buffers."""
+    _check(model.state_dict(), tensors)
+
+
+def check_optimizer(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a saved optimizer's state, `<parameter>/<key>`, is not a model's.
 
     A parameter that never had a gradient (a router that nothing asks) has no state.
     """
-    parameters = dict(model.named_parameters())
     saved_names = {path.rpartition("/")[0] for path in tensors}
     moments = {
         f"{name}/{key}": parameter
-        for name, parameter in parameters.items()
+        for name, parameter in model.named_parameters()
         for key in ("exp_avg", "exp_avg_sq")
         if name in saved_names
     }
     _check(moments, {path: value for path, value in tensors.items() if value.dim() > 0})
-    for path, value in tensors.items():
-        name, _, key = path.rpartition("/")
-        # Fused AdamW keeps its step counters, too, on the device of the parameter.
-        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
 
 
 def _check(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

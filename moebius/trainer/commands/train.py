@@ -1,13 +1,18 @@
 """moebius train: prepare the corpus, train, say what to do next."""
 
 import argparse
+import os
 import shlex
+from contextlib import nullcontext
 from functools import partial
 
+import torch
 from rich.console import Console
+from torch.distributed.distributed_c10d import Store
 
 from moebius.data.prepare import prepare
-from moebius.parallel.world import check_world_size
+from moebius.parallel.mesh import Axes
+from moebius.parallel.world import is_main, joined, main_first, world_size
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.console import ConsoleCallback
 from moebius.trainer.callbacks.evaluation import EvaluationCallback
@@ -15,8 +20,10 @@ from moebius.trainer.callbacks.interrupt import InterruptCallback
 from moebius.trainer.callbacks.metrics import MetricsCallback
 from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
+from moebius.trainer.config import RunConfig
 from moebius.trainer.config_file import load_config
 from moebius.trainer.loop import train
+from moebius.trainer.machine import select_device
 from moebius.trainer.run import Run, check_folder, claim_folder, lock_folder
 
 SIGNAL_EXIT_BASE = 128
@@ -31,24 +38,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Train to the last step (exit code 0) or to an interruption (128 + signal number)."""
     config = load_config(arguments.config, arguments.overrides)
-    check_world_size()
+    Axes.of(config.parallel, world_size())
+    device = select_device(config.train.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with joined(device, config.parallel.timeout) as store:
+        return _train(config, arguments, console, store)
+
+
+def _train(
+    config: RunConfig, arguments: argparse.Namespace, console: Console, store: Store | None
+) -> int:
+    """What each process does; one of them writes and prints."""
+    console = console if is_main() else Console(quiet=True)
     check_folder(config)
-    manifest = prepare(config.data, config.model.vocab_size, partial(_print, console))
-    callbacks = [
-        InterruptCallback(),
-        ConsoleCallback(console),
-        JsonlSink(),
-        TensorBoardSink(),
-        MetricsCallback(),
-        EvaluationCallback(),
-        RoutingRecorder(),
-        CheckpointCallback(),
-    ]
+    say = partial(_print, console)
+    manifest = main_first(lambda: prepare(config.data, config.model.vocab_size, say), store)
+    callbacks = [InterruptCallback(), MetricsCallback(), EvaluationCallback(), CheckpointCallback()]
+    if is_main():
+        callbacks += [ConsoleCallback(console), JsonlSink(), TensorBoardSink(), RoutingRecorder()]
     training = Run(config, manifest, callbacks)
+    for line in training.layout.mesh.describe(int(os.environ.get("LOCAL_WORLD_SIZE") or 1)):
+        say(line)
     # Only now: a run that could not be built leaves no trace in the folder.
-    with lock_folder(training.folder):
+    with lock_folder(training.folder) if is_main() else nullcontext():
         training.resume()
-        claim_folder(config)
+        if is_main():
+            claim_folder(config)
         train(training)
     again = shlex.join(["moebius", "train", arguments.config, *arguments.overrides])
     folder = training.folder

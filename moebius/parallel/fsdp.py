@@ -1,0 +1,286 @@
+"""FSDP2 and HSDP (Zhao et al. 2023, arXiv 2304.11277): parameters are shared out, too.
+
+A unit of sharding is a layer, or all passes of a recursion: its parameters are gathered once for
+however many uses.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from moebius.model.carry import Carry
+from moebius.model.context import StepContext, TokenContext
+from moebius.model.executor import Flow, LocalExecutor, TokenBatch
+from moebius.model.moe.experts import DispatchedExperts
+from moebius.model.objective import TeacherModel
+from moebius.model.parameters import Role
+from moebius.model.program import Program, Unit
+from moebius.parallel.engine import MakeOptimizer, clip, sum_tensors
+from moebius.parallel.mesh import Mesh, partition
+from moebius.parallel.messages import Slot, replaced, tensors_of
+from moebius.parallel.place import Placed
+
+
+class Root(nn.Module):
+    """Whatever runs in it finds the parameters of no other unit gathered."""
+
+    def __init__(self, decoder: nn.Module, loops: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.loops = nn.ModuleList(loops)
+        self.decoder = decoder
+
+    def forward(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """`function(*inputs)`."""
+        return function(*inputs)
+
+
+class Repeated(nn.Module):
+    """Modules that are used several times before they are let go."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(modules)
+
+    def forward(self, function: Callable[..., Any], nest: Any, *tensors: Tensor) -> Any:
+        """`function` of a nest whose tensors are handed in where FSDP2 sees them."""
+        return taken_apart(function(put_together(nest, tensors)))
+
+
+def taken_apart(nest: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """A nest with numbers in place of its tensors, and these."""
+    tensors = tensors_of(nest)
+    number = {id(tensor): index for index, tensor in enumerate(tensors)}
+    return replaced(nest, Tensor, lambda t: Slot(number[id(t)])), tuple(tensors)
+
+
+def put_together(nest: Any, tensors: Sequence[Tensor]) -> Any:
+    """The inverse of `taken_apart`."""
+    return replaced(nest, Slot, lambda slot: tensors[slot.number])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a loop leaves."""
+
+    flow: Flow
+    streams: dict[int, Tensor]
+    """at exits"""
+
+
+def loops_of(program: Program) -> Iterator[tuple[Unit, ...]]:
+    """The units of a program, those of a loop together."""
+    units = iter(program.units)
+    for segment in program.segments:
+        count = len(segment.passes)
+        if segment.router is None:
+            count = sum(len(visits) for visits in segment.passes)
+        own = tuple(next(units) for _ in range(count))
+        yield from (own,) if len(segment.passes) > 1 else ((unit,) for unit in own)
+
+
+class ShardedExecutor(LocalExecutor):
+    """Runs a decoder whose parameters are gathered unit by unit."""
+
+    def __init__(self, local: LocalExecutor, mesh: Mesh) -> None:
+        super().__init__(local.decoder, local.autocast_dtype, local.program, local.spread)
+        self.loops: dict[str, Repeated] = {}
+        """by layer"""
+        for units in loops_of(self.program):
+            names = {visit.layer: None for unit in units for visit in unit.visits}
+            routers = {u.segment.number for u in units if u.segment is not None}
+            loop = Repeated(
+                [self.decoder.layers[name] for name in names]
+                + [self.decoder.depth_routers[number] for number in routers]
+            )
+            self.loops |= dict.fromkeys(names, loop)
+        dense = device_mesh(mesh.axes.dense, ("dp_replicate", "dp_shard", "cp"), mesh)
+        self._shard_experts(mesh)
+        loops = list(dict.fromkeys(self.loops.values()))
+        empty = {p for p in self.decoder.parameters() if not p.numel()}
+        for loop in loops:
+            fully_shard(loop, mesh=dense, ignored_params=empty)
+        self.root = Root(self.decoder, loops)
+        # The decoder leads to the layers, too, past the loops that they belong to.
+        inside = {parameter for loop in loops for parameter in loop.parameters()}
+        inside |= {p for p in self.decoder.parameters() if isinstance(p, DTensor)}
+        fully_shard(self.root, mesh=dense, ignored_params=inside | empty)
+        # Losses of routers come in by views of the stream; nothing changes it in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        for module in self.root.modules():
+            if isinstance(module, FSDPModule):  # these act on one module only
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+
+    def training_loss(
+        self, batch: TokenBatch, step: StepContext, teacher: TeacherModel | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `LocalExecutor`."""
+        total, sums = self.root(super().training_loss, batch, step, teacher)
+        return total, sums
+
+    def token_losses(
+        self, batch: TokenBatch, step: StepContext, exits: Sequence[int] = ()
+    ) -> dict[int, Tensor]:
+        """See `LocalExecutor`."""
+        with torch.no_grad():
+            losses: dict[int, Tensor] = self.root(super().token_losses, batch, step, exits)
+        return losses
+
+    def streams(
+        self, x_BSD: Tensor, tokens: TokenContext, step: StepContext, exits: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """See `LocalExecutor`."""
+        flow = Flow(x_BSD, Carry())
+        found: dict[int, Tensor] = {}
+        program = self.program.until(max(exits))
+        for loop, units in groupby(program.units, lambda unit: self.loops[unit.visits[0].layer]):
+            run = partial(self._run_units, tuple(units), tokens, step, exits)
+            nest, tensors = taken_apart(flow)
+            made, tensors = loop(run, nest, *tensors)
+            result: Result = put_together(made, tensors)
+            flow = result.flow
+            found |= result.streams
+        return found
+
+    def _run_units(
+        self,
+        units: Sequence[Unit],
+        tokens: TokenContext,
+        step: StepContext,
+        exits: Sequence[int],
+        flow: Flow,
+    ) -> Result:
+        """The flow after some units, and the streams at exits on the way."""
+        seen = {}
+        for unit in units:
+            flow = self.run(unit, flow, tokens, step)
+            if unit.end in exits:
+                seen[unit.end] = flow.x_BSD
+        return Result(flow, seen)
+
+    def _shard_experts(self, mesh: Mesh) -> None:
+        """Experts that several processes divide among them have fewer copies than the rest."""
+        if mesh.experts.size == 1:
+            return
+        experts = device_mesh(mesh.axes.expert, ("edp",), mesh)
+        for module in self.decoder.modules():
+            if isinstance(module, DispatchedExperts):
+                fully_shard(module, mesh=experts, reshard_after_forward=False)
+
+
+def device_mesh(sizes: dict[str, int], axes: Sequence[str], mesh: Mesh) -> DeviceMesh:
+    """The processes along some axes as torch wants them: the replicated axis, if longer than 1, and
+    the others as one."""
+    names: tuple[str, ...] = ("shard",)
+    groups = [mesh.data if "cp" in axes else mesh.edp]
+    grid = torch.tensor(next(ranks for ranks in partition(sizes, axes) if mesh.rank in ranks))
+    if mesh.dp_replicate.size > 1 and "cp" in axes:
+        names, groups = ("replicate", "shard"), [mesh.dp_replicate, mesh.shard]
+        grid = grid.view(mesh.dp_replicate.size, -1)
+    process_groups = [group.process_group or dist.new_subgroups(1)[0] for group in groups]
+    if len(process_groups) == 1:
+        return DeviceMesh.from_group(
+            process_groups[0], mesh.device_type, grid, mesh_dim_names=names
+        )
+    return DeviceMesh.from_group(process_groups, mesh.device_type, grid, mesh_dim_names=names)
+
+
+class FSDPEngine:
+    """Every process updates the parts of parameters that it holds (`data: fsdp2`)."""
+
+    def __init__(
+        self, executor: ShardedExecutor, placed: Sequence[Placed], mesh: Mesh, make: MakeOptimizer
+    ) -> None:
+        self.mesh = mesh
+        named = dict(executor.decoder.named_parameters())
+        self.placed = [replace(p, parameter=named[p.name]) for p in placed]
+        # A parameter without elements (constants of a pool that has none) was left as it is.
+        filled = [p for p in self.placed if p.parameter.numel()]
+        self.optimizer = make((p.parameter, p.spec) for p in filled)
+
+    def step(self, clip_norm: float) -> Tensor:
+        """See `Engine`; over the data axes FSDP2 has reduced already."""
+        self._add_up_rest()
+        norm = clip(self._gradients(), self.mesh.world, clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _add_up_rest(self) -> None:
+        mesh = self.mesh
+        rest = {mesh.data_tp: mesh.tp}
+        rest |= {mesh.copies[number]: mesh.neighbours[number] for number in mesh.copies}
+        for whole, group in rest.items():
+            members = [p.parameter for p in self.placed if p.placement.reduce is whole]
+            sum_tensors(group, [local(p.grad) for p in members if p.grad is not None])
+
+    def _gradients(self) -> Iterable[tuple[Tensor, Role, int]]:
+        mesh = self.mesh
+        stage_size = mesh.world.size // mesh.pp.size
+        for p in self.placed:
+            if p.parameter.grad is not None:
+                shards = mesh.edp if p.placement.reduce is mesh.edp else mesh.shard
+                replicas = p.placement.replicas(stage_size) // shards.size
+                yield local(p.parameter.grad), p.spec.role, replicas
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return {p.name: p.placement.join(whole(p.parameter.detach())) for p in self.placed}
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        found = {}
+        for p in self.placed:
+            for key, value in self.optimizer.state.get(p.parameter, {}).items():
+                is_step = value.dim() == 0
+                found[f"{p.name}/{key}"] = value if is_step else p.placement.join(whole(value))
+        return found
+
+    @torch.no_grad()
+    def load_model(self, tensors: dict[str, Tensor]) -> None:
+        """See `Engine`."""
+        for p in self.placed:
+            p.parameter.copy_(shared_out(p.placement.take(tensors[p.name]), p.parameter))
+
+    def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        """See `Engine`."""
+        for p in self.placed:
+            state = {}
+            for path in (path for path in tensors if path.rpartition("/")[0] == p.name):
+                value = tensors[path]
+                if value.dim() > 0:
+                    value = shared_out(p.placement.take(value), p.parameter)
+                state[path.rpartition("/")[2]] = value.to(p.parameter.device).clone()
+            if state:
+                self.optimizer.state[p.parameter] = state
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All parts of a tensor; a collective call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that is the same everywhere as parts like those of another one."""
+    if not isinstance(like, DTensor):
+        return tensor.to(like.device)
+    return distribute_tensor(
+        tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
