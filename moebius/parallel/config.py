@@ -1,8 +1,8 @@
 """Configuration of the layout: how many processes along which axis, and who holds what."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from moebius.config import ConfigNode
 from moebius.parallel.schedule import ScheduleName
@@ -15,6 +15,9 @@ class PipelineConfig(ConfigNode):
     """order of forward and backward passes; zero_bubble where no weights are shared"""
     stages_per_rank: PositiveInt = 1
     """stages of each process, for interleaved_1f1b and zero_bubble"""
+    costs: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | None = None
+    """what each unit (a visit, or a pass of a routed loop) and, last, the head cost, as measured;
+    null: modelled FLOPs"""
 
 
 class DeepSpeedConfig(ConfigNode):

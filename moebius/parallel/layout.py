@@ -114,7 +114,8 @@ class Layout:
 def _stages(decoder: Decoder, config: ParallelConfig, row_length: int) -> tuple[Stage, ...]:
     if config.pp == 1:
         return ()
-    return cut_stages(decoder, config.pp * config.pipeline.stages_per_rank, row_length)
+    pipeline = config.pipeline
+    return cut_stages(decoder, config.pp * pipeline.stages_per_rank, row_length, pipeline.costs)
 
 
 def _keep_stages(decoder: Decoder, stages: Sequence[Stage], mesh: Mesh) -> dict[str, Group]:

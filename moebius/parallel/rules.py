@@ -177,6 +177,12 @@ def pipeline_rules(asked: Asked) -> Iterator[Problem]:
     stages = parallel.pp * parallel.pipeline.stages_per_rank
     if stages > units:
         yield Problem("parallel.pp", f"{stages} stages, but the model has {units} units to cut")
+    costs = parallel.pipeline.costs
+    if costs is not None and len(costs) != units + 1:
+        yield Problem(
+            "parallel.pipeline.costs",
+            f"{len(costs)} numbers, but the model has {units} units and a head",
+        )
     if model.exits is not None:
         yield Problem(
             "parallel.pp", "exits read the stream before the last stage, where the head is"

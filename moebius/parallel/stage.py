@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -42,12 +42,16 @@ def unit_costs(decoder: Decoder, row_length: int) -> list[int]:
     return costs
 
 
-def cut_stages(decoder: Decoder, num_stages: int, row_length: int) -> tuple[Stage, ...]:
-    """Stages as alike in cost as whole units allow, the head counted with the last."""
+def cut_stages(
+    decoder: Decoder, num_stages: int, row_length: int, measured: Sequence[float] | None = None
+) -> tuple[Stage, ...]:
+    """Stages as alike in cost as whole units allow, the head counted with the last.
+
+    `measured` has the cost of each unit and then of the head; by default they are modelled.
+    """
     units = decoder.program.units
-    ranges = cut(
-        unit_costs(decoder, row_length), num_stages, fixed_last=decoder.head_flops(row_length)
-    )
+    *costs, head = measured or (*unit_costs(decoder, row_length), decoder.head_flops(row_length))
+    ranges = cut(costs, num_stages, fixed_last=head)
     return tuple(
         Stage(number, units[run.start : run.stop], number == 0, number == num_stages - 1)
         for number, run in enumerate(ranges)

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from rich.console import Console
 
-from moebius.errors import MoebiusError
+from moebius.errors import ConfigError, LayoutError, MoebiusError
+from moebius.parallel.world import check_alone, is_main
 from moebius.trainer.commands import convert, describe, evaluate, generate, schema, sweep, train
 
 
@@ -50,9 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode still shows the rest
     try:
+        if arguments.command != "train":
+            check_alone(arguments.command)
         return COMMANDS[arguments.command].run(arguments, Console())
     except MoebiusError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # All processes of a launcher read the same config: one of them says what is wrong with it.
+        if is_main() or not isinstance(error, ConfigError | LayoutError):
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         where = f"'{error.filename}': " if error.filename else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -208,6 +209,61 @@ LAYOUTS: dict[str, Case] = {
 }
 
 
+CORE = (
+    "zero1-uneven",
+    "fsdp2",
+    "hsdp",
+    "tp",
+    "sp4",
+    "cp4",
+    "ep",
+    "etp",
+    "1f1b",
+    "interleaved",
+    "zero-bubble",
+    "zero1-cp-sp",
+    "cp-tp",
+    "ep4-cp-sp",
+    "pp-ep-sp",
+)
+"""layouts for models that differ from the others in one part"""
+MAIN = ("dense", "moepp", "top_p", "v3", "mor", "moepp_mor")
+"""models that every layout is tried with"""
+
+
+def combinations() -> dict[str, Case]:
+    """Every way to combine a scheme of data parallelism, tensor and sequence parallelism, context,
+    pipeline and expert parallelism: each axis off or 2 long, on at most 8 processes."""
+    found = {}
+    axes = product(
+        ("ddp", "zero1", "fsdp2", "hsdp"),
+        ("", "tp", "sp"),
+        ("", "cp"),
+        ("", "pp"),
+        ("", "ep", "ep-etp"),
+    )
+    for data, tensor, context, pipeline, experts in axes:
+        options: dict[str, Any] = {"data": "fsdp2" if data == "hsdp" else data}
+        options["tp"] = 2 if tensor else 1
+        options["sequence_parallel"] = tensor != "tp"
+        options["cp"] = 2 if context else 1
+        options["pp"] = 2 if pipeline else 1
+        options["ep"] = 2 if experts else 1
+        options["dp_replicate"] = 2 if data == "hsdp" else 1
+        options["etp"] = 2 if "etp" in experts or tensor == "tp" else 1
+        processes = options["tp"] * options["cp"] * options["pp"] * options["dp_replicate"]
+        if data not in ("fsdp2", "hsdp") or not context:  # then there is something to share out
+            processes *= 2 if processes < 8 else 1
+        needed = options["pp"] * options["ep"] * options["etp"]
+        processes = max(processes, needed)
+        name = "-".join(part for part in (data, tensor, context, pipeline, experts) if part)
+        found[name] = Case(processes, options, micro_batch=1 if pipeline else 4)
+    return found
+
+
+COMBINATIONS = combinations()
+
+
 @cache
 def model_of(name: str) -> ModelConfig:
     """The configuration of a model."""
@@ -224,7 +280,7 @@ def model_of(name: str) -> ModelConfig:
 
 def case_of(layout: str, name: str) -> Case:
     """A layout for a model: where tokens are the same along tp, experts are cut like the rest."""
-    case = LAYOUTS[layout]
+    case = LAYOUTS[layout] if layout in LAYOUTS else COMBINATIONS[layout]
     config = case.config
     if config.tp > 1 and not config.sequence_parallel and isinstance(model_of(name).ffn, MoEConfig):
         return replace(case, options=case.options | {"etp": config.tp})

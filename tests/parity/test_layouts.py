@@ -1,7 +1,7 @@
 """Every layout gives what one process gives: losses, gradients, norms, statistics, state.
 
-Quick: the product's own model and a few others on each layout. Full (slow): every model on every
-layout that is legal for it.
+Quick: each layout with one model, in turn. Slow: the others, and every combination of axes. What is
+legal and what is refused is listed in docs/layouts.md.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,27 @@ import pytest
 import torch
 
 from tests.parity.forks import run_forked
-from tests.parity.layouts import LAYOUTS, MODELS, Case, case_of, refusal, train
+from tests.parity.layouts import (
+    COMBINATIONS,
+    CORE,
+    LAYOUTS,
+    MAIN,
+    MODELS,
+    Case,
+    case_of,
+    refusal,
+    train,
+)
 
 TOLERANCE = 1e-7
 """of numbers that routers hold in fp32; everything else is within 1e-11"""
-QUICK = ("dense", "mor_token", "v3", "moepp_mor")
-LEGAL = [
-    (layout, model) for layout in LAYOUTS for model in MODELS if refusal(layout, model) is None
+CASES = [
+    (layout, model)
+    for model in MODELS
+    for layout in (LAYOUTS if model in MAIN else CORE)
+    if refusal(layout, model) is None
 ]
+COMBINED = [name for name in COMBINATIONS if refusal(name, "moepp_mor") is None]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,23 +71,24 @@ def check(layout: str, name: str) -> None:
         assert_equal(result, reference(name, case.rows), TOLERANCE)
 
 
-def is_quick(number: int, name: str) -> bool:
-    """Each layout with the product's own model and, in turn, another one."""
-    return name == "moepp_mor" or QUICK[number % 3] == name
+def is_quick(layout: str, name: str) -> bool:
+    """Each layout with one model, in turn."""
+    return MAIN[list(LAYOUTS).index(layout) % len(MAIN)] == name
 
 
-@pytest.mark.parametrize(
-    ("layout", "name"),
-    [(la, m) for la, m in LEGAL if is_quick(list(LAYOUTS).index(la), m)],
-)
+@pytest.mark.parametrize(("layout", "name"), [case for case in CASES if is_quick(*case)])
 def test_equals_one_process(layout: str, name: str) -> None:
     check(layout, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "name"),
-    [(la, m) for la, m in LEGAL if not is_quick(list(LAYOUTS).index(la), m)],
-)
+@pytest.mark.parametrize(("layout", "name"), [case for case in CASES if not is_quick(*case)])
 def test_equals_one_process_too(layout: str, name: str) -> None:
     check(layout, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combination", COMBINED)
+def test_every_combination(combination: str) -> None:
+    """The product's own model on every legal combination of axes."""
+    check(combination, "moepp_mor")

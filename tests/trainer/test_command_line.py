@@ -171,10 +171,21 @@ def test_torchrun_starts_the_same_program(config_path: Path, run_config: RunConf
     assert by_launcher == logged(run_config.run_dir)
 
 
-def test_several_processes_are_refused(config_path: Path) -> None:
-    result = moebius("train", config_path, env=os.environ | {"WORLD_SIZE": "2"})
+def test_commands_of_one_process_refuse_several(config_path: Path) -> None:
+    result = moebius("describe", config_path, env=os.environ | {"WORLD_SIZE": "2"})
     assert result.returncode == 5
-    assert "world size 2: this version trains in one process" in error_line(result)
+    assert "world size 2: moebius describe runs in one process" in error_line(result)
+
+
+def test_processes_that_do_not_fill_the_axes_are_refused(config_path: Path) -> None:
+    several = os.environ | {"WORLD_SIZE": "3", "RANK": "0"}
+    result = moebius("train", config_path, "parallel.tp=2", env=several)
+    assert result.returncode == 5
+    assert "= 2 does not divide the 3 processes that were started" in error_line(result)
+    result = moebius("train", config_path, "parallel.ep=2", env=several)
+    assert "parallel: ep * etp = 2 does not divide the 3 processes of a" in error_line(result)
+    result = moebius("train", config_path, "parallel.ep=2", env=several | {"RANK": "1"})
+    assert (result.returncode, result.stderr) == (5, "")
 
 
 # Bad input ------------------------------------------------------------------------------------

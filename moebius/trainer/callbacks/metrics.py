@@ -10,6 +10,7 @@ import torch
 
 from moebius.errors import TrainingError
 from moebius.model.cost import planned_work, training_flops
+from moebius.parallel.comm import Traffic
 from moebius.trainer.callbacks.base import Callback, StepReport
 from moebius.trainer.machine import AUTOCAST, matmul_flops_per_second
 from moebius.trainer.metrics import executed_rows, ffn_flops_per_token, routing_metrics
@@ -62,9 +63,9 @@ class MetricsCallback(Callback):
         self.seconds += time.perf_counter() - self.began
         self.steps += 1
         if metrics:
-            run.publish(
-                metrics | routing_metrics(run.blueprint, report.ledger) | self._speed(run, report)
-            )
+            routing = routing_metrics(run.blueprint, report.ledger)
+            traffic = communication(run.layout.mesh.traffic.take(), self.steps)
+            run.publish(metrics | routing | traffic | self._speed(run, report))
             self.seconds, self.steps = 0.0, 0
 
     def _speed(self, run: Run, report: StepReport) -> dict[str, float]:
@@ -76,7 +77,7 @@ class MetricsCallback(Callback):
         executed = training_flops(run.blueprint, work, executed_rows(report.ledger))
         planned = planned_work(run.blueprint, rows, length, run.step - 1)
         nominal = training_flops(run.blueprint, planned)
-        peak = self.peak * run.layout.mesh.world.size
+        peak = float(run.layout.mesh.world.all_reduce(torch.tensor(self.peak, dtype=torch.float64)))
         return {
             "speed/ffn_flops_per_token": ffn_flops_per_token(
                 run.blueprint, report.ledger, rows * length
@@ -91,3 +92,13 @@ class MetricsCallback(Callback):
         """Keep the best rate seen: measured once, another process could halve it for good."""
         dtype = AUTOCAST[run.config.train.precision] or torch.float32
         self.peak = max(self.peak, matmul_flops_per_second(run.device, dtype, seconds))
+
+
+def communication(traffic: Traffic, steps: int) -> dict[str, float]:
+    """Calls and bytes per step of the process that reports, by axis of the mesh; what FSDP2 and
+    DeepSpeed do by themselves is not counted."""
+    counts = {}
+    for (axis, operation), sent in traffic.sent.items():
+        counts[f"communication/{axis}/{operation}_bytes"] = sent / steps
+        counts[f"communication/{axis}/{operation}_calls"] = traffic.calls[axis, operation] / steps
+    return counts

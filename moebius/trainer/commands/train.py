@@ -11,7 +11,10 @@ from rich.console import Console
 from torch.distributed.distributed_c10d import Store
 
 from moebius.data.prepare import prepare
+from moebius.errors import LayoutError
+from moebius.parallel.batch import row_ranges
 from moebius.parallel.mesh import Axes
+from moebius.parallel.schedule import plan
 from moebius.parallel.world import is_main, joined, main_first, world_size
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.console import ConsoleCallback
@@ -38,12 +41,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Train to the last step (exit code 0) or to an interruption (128 + signal number)."""
     config = load_config(arguments.config, arguments.overrides)
-    Axes.of(config.parallel, world_size())
+    check_processes(config, world_size())
     device = select_device(config.train.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with joined(device, config.parallel.timeout) as store:
         return _train(config, arguments, console, store)
+
+
+def check_processes(config: RunConfig, count: int) -> None:
+    """Raise LayoutError where so many processes cannot hold the layout or its pipeline."""
+    sizes = Axes.of(config.parallel, count).dense
+    if config.parallel.pp == 1:
+        return
+    rows = config.train.batch_size
+    shares = row_ranges(
+        rows,
+        config.train.micro_batch_size or rows,
+        0,
+        sizes["dp_replicate"] * sizes["dp_shard"],
+    )
+    pipeline = config.parallel.pipeline
+    try:
+        plan(pipeline.schedule, config.parallel.pp, pipeline.stages_per_rank, len(shares))
+    except ValueError as error:
+        raise LayoutError(
+            f"parallel.pipeline: {error}",
+            "change train.batch_size or train.micro_batch_size, or the schedule",
+        ) from None
 
 
 def _train(

@@ -1,0 +1,84 @@
+"""Real launches: torchrun, several processes, one of them killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import model_tree
+from tests.trainer.helpers import logged, train_run, write_config
+from tests.trainer.test_resume import config_in
+
+PARALLEL = {"ep": 2, "tp": 2}
+
+
+def launch(config: Path, processes: int, *arguments: str) -> subprocess.Popen[str]:
+    """`torchrun` as a user starts it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = [f"--nproc-per-node={processes}", "--monitor-interval=0.1", *arguments]
+    return subprocess.Popen(
+        [*launcher, *options, "-m", "moebius.trainer", "train", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """What was reported of training steps."""
+    return [line for line in logged(folder) if "train/loss" in line]
+
+
+def workers_of(launcher: int) -> list[int]:
+    """The processes that a launcher has started."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    command = "moebius.trainer"
+    return [int(p) for p in children if command in Path(f"/proc/{p}/cmdline").read_text()]
+
+
+def assert_same_course(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Every step once and in order, with the losses, norms and routing of one process."""
+    assert [line["step"] for line in got] == [line["step"] for line in expected]
+    for a, b in zip(got, expected, strict=True):
+        assert a.keys() == b.keys()
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-5), a["step"]
+
+
+def test_four_processes_train_like_one(run_tree: dict[str, Any], tmp_path: Path) -> None:
+    """The product of both routings with expert, tensor and sequence parallelism."""
+    one = train_run(config_in(run_tree, tmp_path / "one"))
+    tree = run_tree | {"run_dir": str(tmp_path / "four"), "parallel": PARALLEL}
+    launcher = launch(write_config(tree, tmp_path / "four.yaml"), 4)
+    output, errors = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, errors
+    assert_same_course(steps_of(tmp_path / "four"), steps_of(Path(one.folder)))
+    assert output.count("starting: 6 steps") == 1, "one process prints"
+    assert "tp = 2: ranks 0, 1 and so on, within a node" in output
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_restarted(run_tree: dict[str, Any], tmp_path: Path) -> None:
+    """SIGKILL in the middle: `--max-restarts` goes on from the last checkpoint."""
+    train = run_tree["train"] | {"num_steps": 60}
+    changes = {"train": train, "checkpoint": {"interval": 5, "keep": 2}, "model": model_tree()}
+    one = train_run(config_in(run_tree, tmp_path / "one", **changes))
+    folder = tmp_path / "killed"
+    tree = run_tree | changes | {"run_dir": str(folder), "parallel": PARALLEL}
+    launcher = launch(write_config(tree, tmp_path / "killed.yaml"), 4, "--max-restarts=1")
+    deadline = time.monotonic() + 240
+    while not (folder / "checkpoints" / "step-00000010").exists():
+        assert launcher.poll() is None, launcher.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    victim = workers_of(launcher.pid)[2]
+    os.kill(victim, signal.SIGKILL)
+    output, errors = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, errors
+    assert output.count("continuing after step") == 1, output
+    assert_same_course(steps_of(folder), steps_of(Path(one.folder)))
