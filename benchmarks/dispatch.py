@@ -2,24 +2,27 @@
 
     .venv/bin/python benchmarks/dispatch.py
 
-Trains three small models on the bytes of Python's standard library, with their experts over four
-gloo processes of this machine, and then counts what one step sends, as we send it (a token once to
-each process that holds any of its experts) and with a row for every assignment:
+Trains small models on the bytes of Python's standard library, with their experts over four gloo
+processes of this machine, and then counts what steps send, as we send it (a token once to each
+process that holds any of its experts) and with a row for every assignment:
 
 - `moepp`: 16 FFN experts and 4 that cost nothing (2 constant, copy, zero), top-2, tau 0.75;
-- `moepp_one_group`: the same, a token's FFN experts all on one process (group-limited routing);
+- `moepp_balanced`: the same with a ten times larger coefficient of the balance loss, which keeps
+  the share of FFN experts nearer to the one that tau asks for;
+- `moepp_one_group`: a token's FFN experts all on one process (group-limited routing);
 - `vanilla`: the 16 FFN experts only, top-2.
 
 What is counted must be, to the byte, what the decisions of the routers say (`closed_form`), else
-the script fails. Bytes do not depend on the machine but for rounding; times do, and four processes
-on two cores say nothing about them. Writes benchmarks/results/dispatch-<machine>.json.
+the script fails. Bytes do not depend on the machine but for rounding; times would, and four
+processes that share two cores and exchange through memory say nothing about them. Writes
+benchmarks/results/dispatch-<machine>.json.
 """
 
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,6 @@ from moebius.model.config import ModelConfig
 from moebius.model.context import StepContext
 from moebius.model.decoder import Decoder
 from moebius.model.ledger import Ledger
-from moebius.model.moe.dispatch import Dispatch
 from moebius.model.moe.experts import ExpertPool
 from moebius.model.parameters import ParameterSpec, initialize
 from moebius.parallel.config import ParallelConfig
@@ -47,25 +49,50 @@ from moebius.parallel.expert import AllToAllDispatcher, Visitors
 from moebius.parallel.layout import Layout
 
 PROCESSES = 4
-STEPS = 150
+STEPS = 120
+COUNTED = 4
+"""steps after training whose bytes are counted"""
 ROWS, LENGTH = 8, 256
 """of a step, over all processes"""
 LEARNING_RATE = 1e-3
-HIDDEN, NUM_LAYERS, TOP_K, NUM_FFN = 256, 4, 2, 16
+"""at first; it falls to 0, or the load would go up and down around its designed value"""
+HIDDEN, NUM_LAYERS, TOP_K, NUM_FFN = 256, 2, 2, 16
 TAU = 0.75
 VOCABULARY = 257
 """bytes, and 0 for the end of a document"""
 FLOAT, ID, COUNT = 4, 4, 8
 """bytes of an element of rows and weights, of an id, and of a number of rows to come"""
-FFN = {"kind": "ffn", "count": NUM_FFN, "intermediate_size": 128}
-IN_PLACE = [{"kind": "constant", "count": 2}, {"kind": "copy"}, {"kind": "zero"}]
-GROUPS = {"kind": "groups", "num_groups": PROCESSES, "keep": 1, "score_top": TOP_K}
-MODELS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
-    "moepp": ([FFN, *IN_PLACE], []),
-    "moepp_one_group": ([FFN, *IN_PLACE], [GROUPS]),
-    "vanilla": ([FFN], []),
+FFN: dict[str, Any] = {"kind": "ffn", "count": NUM_FFN, "intermediate_size": 128}
+IN_PLACE: list[dict[str, Any]] = [
+    {"kind": "constant", "count": 2},
+    {"kind": "copy"},
+    {"kind": "zero"},
+]
+GROUPS: dict[str, Any] = {
+    "kind": "groups",
+    "num_groups": PROCESSES,
+    "keep": 1,
+    "score_top": TOP_K,
 }
-"""experts, and rules of who is a candidate"""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs between the models."""
+
+    in_place: bool = True
+    """whether there are experts that cost nothing"""
+    one_group: bool = False
+    coefficient: float = 0.01
+    """of the balance loss"""
+
+
+MODELS = {
+    "moepp": Variant(),
+    "moepp_balanced": Variant(coefficient=0.1),
+    "moepp_one_group": Variant(one_group=True),
+    "vanilla": Variant(in_place=False),
+}
 
 
 class RowPerAssignment(AllToAllDispatcher):
@@ -89,25 +116,26 @@ class RowPerAssignment(AllToAllDispatcher):
 
         return arrive_at_tokens
 
-    def combine(self, rows_RD: Tensor, dispatch: Dispatch, y_TD: Tensor) -> Tensor:
-        """See `Dispatcher`."""
-        return super().combine(rows_RD, dispatch, y_TD)
-
 
 def decoder_of(name: str) -> Decoder:
     """One of the models, initialised."""
-    experts, candidates = MODELS[name]
+    variant = MODELS[name]
+    balance = {"kind": "switch", "coefficient": variant.coefficient}
     router = {
         "scorer": {"kind": "linear", "gating_residual": "prev_layer"},
         "selector": {"kind": "top_k", "top_k": TOP_K},
-        "candidates": candidates,
-        "losses": [{"kind": "switch", "coefficient": 0.01, "tau": TAU}],
+        "candidates": [GROUPS] if variant.one_group else [],
+        "losses": [balance | {"tau": TAU, "scope": "sequence"}],
     }
     tree = {
         "vocab_size": VOCABULARY,
         "hidden_size": HIDDEN,
         "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64},
-        "ffn": {"kind": "moe", "experts": experts, "router": router},
+        "ffn": {
+            "kind": "moe",
+            "experts": [FFN, *(IN_PLACE if variant.in_place else [])],
+            "router": router,
+        },
         "depth": {"num_layers": NUM_LAYERS},
     }
     decoder = Decoder(ModelConfig.model_validate(tree))
@@ -163,18 +191,23 @@ class Trainee:
     def train(self, steps: Iterator[Batch]) -> None:
         """So that routers are as they are meant to be."""
         for number in range(STEPS):
+            for group in self.layout.engine.optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * (1 - number / STEPS)
             ledger = self.gradients(next(steps), number)
             self.layout.engine.step(1.0)
             self.decoder.update_routers(ledger, number)
 
-    def count(self, batch: Batch, dispatcher: type[AllToAllDispatcher]) -> dict[str, float]:
-        """What all processes together send in a step; the model stays as it is."""
+    def count(
+        self, steps: Sequence[Batch], dispatcher: type[AllToAllDispatcher]
+    ) -> dict[str, float]:
+        """What all processes together send in some steps; the model stays as it is."""
         mesh = self.layout.mesh
         for pool in self.pools:
             pool.dispatcher = dispatcher(mesh.experts, 1)
         self.decisions.clear()
         mesh.traffic.take()
-        self.gradients(batch, STEPS)
+        for batch in steps:
+            self.gradients(batch, STEPS)
         traffic = mesh.traffic.take()
         self.layout.engine.optimizer.zero_grad()
         axis = mesh.experts.axis
@@ -183,8 +216,8 @@ class Trainee:
         once = dispatcher is AllToAllDispatcher
         going = pairs(ids, mesh.experts.rank, once)
         own = torch.tensor([sent, going, int((ids < NUM_FFN).sum()), ids.numel()])
-        totals = mesh.world.all_reduce(own).tolist()
-        return summary(*totals, once)
+        sent, going, to_ffn, assignments = mesh.world.all_reduce(own).tolist()
+        return summary(sent, going, to_ffn, assignments, once)
 
 
 def pairs(ids_TK: Tensor, rank: int, once: bool) -> int:
@@ -198,12 +231,15 @@ def pairs(ids_TK: Tensor, rank: int, once: bool) -> int:
 
 
 def closed_form(num_rows: int, once: bool) -> int:
-    """Bytes of a step of all processes: every row goes and its result returns, and so do their
-    gradients; weights of a row's assignments go and their gradients return; ids only go. Before
-    that, in each layer, every process tells every other one how many rows there are."""
+    """Bytes that all processes send in the counted steps.
+
+    Every row goes and its result returns, and so do their gradients; weights of a row's assignments
+    go and their gradients return; ids only go. Before that, in each layer, every process tells
+    every other one how many rows come.
+    """
     assignments = TOP_K if once else 1
     per_row = 4 * HIDDEN * FLOAT + assignments * (2 * FLOAT + ID)
-    return num_rows * per_row + NUM_LAYERS * PROCESSES * (PROCESSES - 1) * COUNT
+    return num_rows * per_row + COUNTED * NUM_LAYERS * PROCESSES * (PROCESSES - 1) * COUNT
 
 
 def summary(
@@ -213,7 +249,7 @@ def summary(
     expected = closed_form(num_rows, once)
     if sent != expected:
         raise AssertionError(f"{sent} bytes were sent, the closed form says {expected}")
-    tokens = ROWS * LENGTH * NUM_LAYERS
+    tokens = COUNTED * ROWS * LENGTH * NUM_LAYERS
     return {
         "bytes": sent / tokens,
         "closed_form_bytes": expected / tokens,
@@ -234,10 +270,10 @@ def measure(rank: int, folder: str, corpus: NDArray[np.uint16]) -> None:
         steps = batches(corpus)
         trainee = Trainee(name)
         trainee.train(steps)
-        batch = next(steps)
+        counted = [next(steps) for _ in range(COUNTED)]
         found[name] = {
-            "once_per_process": trainee.count(batch, AllToAllDispatcher),
-            "row_per_assignment": trainee.count(batch, RowPerAssignment),
+            "once_per_process": trainee.count(counted, AllToAllDispatcher),
+            "row_per_assignment": trainee.count(counted, RowPerAssignment),
         }
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))

@@ -6,37 +6,16 @@ here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moebius.kernels.vocabulary import Vocabulary, label_losses_, locate, log_softmax_, total
+
 CHUNK_BYTES = 64 * 2**20
 """what the fp32 logits of a chunk may take unless `chunk_tokens` says otherwise"""
-
-
-class Vocabulary(Protocol):
-    """A part of the vocabulary: the others' are in other processes, which run the same calls."""
-
-    @property
-    def first(self) -> int:
-        """The id of the first row that is here."""
-
-    def maximum(self, values_C: Tensor) -> Tensor:
-        """The largest of all parts' values."""
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum of all parts' values."""
-
-
-def locate(ids: Tensor, vocabulary: Vocabulary | None, num_rows: int) -> tuple[Tensor, Tensor]:
-    """The row of each id, 0 for one that is not here, and which ones are."""
-    if vocabulary is None:
-        return ids, torch.ones_like(ids, dtype=torch.bool)
-    row = ids - vocabulary.first
-    is_here = (row >= 0) & (row < num_rows)
-    return row.masked_fill(~is_here, 0), is_here
 
 
 @dataclass(frozen=True)
@@ -87,10 +66,12 @@ def linear_cross_entropy(
     + Dt) * V` for the teacher's. The gradients take as much as what they belong to, twice as much
     during backward.
 
-    With a `vocabulary` the head is a part of it, and sums over v go over all parts, three times for
-    each chunk and exit (five with a teacher, seven at another temperature than 1); losses are the
-    whole ones everywhere, gradients those by what is here, so that of the hidden states lacks the
-    other parts'. Under autocast products run in its dtype, also of gradients, else in the inputs';
+    With a `vocabulary` the head is a part of it and sums over v go over all parts: three for each
+    chunk and exit, and with a teacher three for each chunk and one (at another temperature than 1
+    three) for each exit; losses are the whole ones everywhere, gradients those by what is here, so
+    that of the hidden states lacks the other parts'.
+
+    Under autocast the products run in its dtype, those of the gradients too, else in the inputs';
     losses are summed up in fp32, the weight's gradient in the weight's dtype. There are no second
     derivatives. Raises ValueError for other than X coefficients, T labels or T tokens of the
     teacher, a teacher without `kl_coefficients` or the reverse, and chunks of no token; a label
@@ -136,7 +117,7 @@ def token_cross_entropy(
     for start in range(0, len(labels_T), chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         logits_CV = head.logits(_for_products(hidden_TD[rows]))
-        losses_T[rows] = _label_losses_(logits_CV, labels_T[rows].unsqueeze(1), vocabulary)
+        losses_T[rows] = label_losses_(logits_CV, labels_T[rows].unsqueeze(1), vocabulary)
     return losses_T
 
 
@@ -203,7 +184,7 @@ def _exit_losses(
         for x, hidden_TD in enumerate(hidden_XTD):
             hidden_CD = _for_products(hidden_TD[rows])
             logits_CV = head.logits(hidden_CD)
-            ce_XT[x, rows] = _label_losses_(logits_CV, labels_C1, vocabulary)
+            ce_XT[x, rows] = label_losses_(logits_CV, labels_C1, vocabulary)
             if lesson is not None:
                 kl_XT[x, rows] = lesson.losses(logits_CV)
             if gradients.wanted(x):
@@ -257,9 +238,9 @@ class _Lesson:
     def go_to(self, rows: slice) -> None:
         """Let the teacher speak on these tokens."""
         logits_CV = self.head.logits(_for_products(self.hidden_TD[rows]))
-        log_probs_CV, _ = _log_softmax_(logits_CV.div_(self.temperature), self.vocabulary)
+        log_probs_CV, _ = log_softmax_(logits_CV.div_(self.temperature), self.vocabulary)
         probs_CV = torch.exp(log_probs_CV, out=self.probs_CV[: len(logits_CV)])
-        self.entropy_C = -_total(log_probs_CV.mul_(probs_CV).sum(1), self.vocabulary)
+        self.entropy_C = -total(log_probs_CV.mul_(probs_CV).sum(1), self.vocabulary)
 
     def losses(self, log_probs_CV: Tensor) -> Tensor:
         """`tau**2 * KL(teacher || student)` of each token; the student's is at temperature 1.
@@ -269,11 +250,11 @@ class _Lesson:
         tau, spare_CV = self.temperature, self._spare(log_probs_CV)
         # log q = log_probs / tau - log_sum, so that sum_v p log q needs no third buffer.
         torch.mul(log_probs_CV, self.probs_CV[: len(log_probs_CV)], out=spare_CV)
-        cross_C = -_total(spare_CV.sum(1), self.vocabulary) / tau
+        cross_C = -total(spare_CV.sum(1), self.vocabulary) / tau
         if tau == 1:
             return cross_C - self.entropy_C
         torch.div(log_probs_CV, tau, out=spare_CV)
-        _, log_sum_C = _log_softmax_(spare_CV, self.vocabulary)
+        _, log_sum_C = log_softmax_(spare_CV, self.vocabulary)
         return tau**2 * (cross_C + log_sum_C - self.entropy_C)
 
     def add_gradients_(self, gradients_CV: Tensor, share: float) -> None:
@@ -344,34 +325,6 @@ def _logit_gradients_(
     one_hot_C1 = is_here_C1.to(gradients_CV.dtype) * (-ce / scale)
     gradients_CV.scatter_add_(1, row_C1, one_hot_C1)
     return scale
-
-
-def _label_losses_(logits_CV: Tensor, labels_C1: Tensor, vocabulary: Vocabulary | None) -> Tensor:
-    """Cross-entropy of each token; leaves log-probabilities where the logits were."""
-    row_C1, is_here_C1 = locate(labels_C1, vocabulary, logits_CV.shape[1])
-    log_probs_CV, _ = _log_softmax_(logits_CV, vocabulary)
-    label_C1 = log_probs_CV.gather(1, row_C1)
-    if vocabulary is not None:
-        label_C1 = vocabulary.total(label_C1.masked_fill(~is_here_C1, 0.0))
-    return -label_C1.squeeze(1)
-
-
-def _log_softmax_(logits_CV: Tensor, vocabulary: Vocabulary | None) -> tuple[Tensor, Tensor]:
-    """In place; also what was subtracted, `logsumexp(logits)`."""
-    if vocabulary is None:
-        first_C = logits_CV[:, 0].clone()
-        # The kernels reduce a row before they write its first element.
-        torch.log_softmax(logits_CV, dim=1, out=logits_CV)
-        return logits_CV, first_C - logits_CV[:, 0]
-    largest_C = vocabulary.maximum(logits_CV.amax(dim=1))
-    logits_CV.sub_(largest_C.unsqueeze(1))
-    log_sum_C = vocabulary.total(logits_CV.exp().sum(dim=1)).log()
-    logits_CV.sub_(log_sum_C.unsqueeze(1))
-    return logits_CV, largest_C + log_sum_C
-
-
-def _total(values: Tensor, vocabulary: Vocabulary | None) -> Tensor:
-    return values if vocabulary is None else vocabulary.total(values)
 
 
 def _for_products(x: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moebius.kernels.cross_entropy import Vocabulary, locate
 from moebius.kernels.rope import rope_tables
+from moebius.kernels.vocabulary import Vocabulary, locate
 from moebius.model.bdh import BDHLayer
 from moebius.model.block import Block
 from moebius.model.config import BDHConfig, MixtureAttentionConfig, ModelConfig

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,14 +24,20 @@ from moebius.errors import CheckpointError, LayoutError
 from moebius.model.config import ModelConfig
 from moebius.model.decoder import Decoder
 from moebius.model.parameters import Role
+from moebius.model.program import build_program
+from moebius.model.recursion.config import CausalRouter, ExpertChoiceConfig
 from moebius.parallel.comm import Group
 from moebius.parallel.config import DeepSpeedConfig, ParallelConfig
 from moebius.parallel.engine import MakeOptimizer, sum_gradients
 from moebius.parallel.mesh import Mesh, partition
 from moebius.parallel.place import Placed
 
-LARGEST = 1e9
-"""a clipping norm that is none; DeepSpeed fixes at the start whether it clips"""
+T = TypeVar("T")
+CLIPPED_APART = "is clipped apart from the model, and DeepSpeed clips all by one norm"
+
+
+def _nothing() -> None:
+    """Between calls, so that no activations are kept."""
 
 
 class Root(nn.Module):
@@ -38,19 +46,18 @@ class Root(nn.Module):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
-        self.function: Callable[[], Any] | None = None
+        self.function: Callable[[], Tensor | None] = _nothing
 
-    def forward(self) -> Any:
+    def forward(self) -> Tensor | None:
         """The function's value."""
-        assert self.function is not None
         return self.function()
 
 
 class DeepSpeedEngine:
     """ZeRO of DeepSpeed over the data-parallel processes, see `engine.Engine`.
 
-    `differentiate` takes the place of an executor's own; what reads weights in any other way than
-    this or `model_tensors` has to run in `whole_weights`.
+    `differentiate` takes the place of an executor's own; what else reads weights, as evaluation
+    does, has to run in `compute`.
     """
 
     def __init__(
@@ -61,36 +68,53 @@ class DeepSpeedEngine:
         make: MakeOptimizer,
         config: DeepSpeedConfig,
     ) -> None:
+        self.deepspeed = import_deepspeed(placed[0].parameter.device)
+        check_parameters(placed)
         self.placed = placed
         self.mesh = mesh
         self.stage = config.stage
         self.trained = [p for p in placed if p.spec.role is not Role.FROZEN]
         self.partial = partial_gradients(self.trained, mesh)
-        self.optimizer = make((p.parameter, p.spec) for p in placed)
+        if self.stage == 3:
+            hide_empty(decoder)
+            self.trained = [p for p in self.trained if p.parameter.numel()]
+        self.optimizer = make((p.parameter, p.spec) for p in self.trained)
         self.root = Root(decoder)
-        self.deepspeed = import_deepspeed(placed[0].parameter.device)
         note_copies(placed, mesh)
         self.engine = self.deepspeed.initialize(
             model=self.root,
             optimizer=self.optimizer,
-            mpu=Axes(mesh) if mesh.tp.size > 1 else None,
+            mpu=axes_of(mesh) if mesh.tp.size > 1 else None,
             config=settings(config),
-            dist_init_required=False if self.deepspeed.comm.is_initialized() else None,
         )[0]
         if self.stage > 1:
-            for group, members in self.partial.items():
-                for p in members:
-                    p.parameter.register_hook(_sum_over(group))
-        if self.stage == 3:
-            for p in self.trained:
-                p.parameter.register_hook(_multiply(mesh.data.size))
+            self._register_hooks()
+
+    def _register_hooks(self) -> None:
+        """Make gradients what DeepSpeed is to reduce, before it does within the backward pass."""
+        for group, members in self.partial.items():
+            for p in members:
+                p.parameter.register_hook(_sum_over(group))
+        for p in self.trained if self.stage == 3 else ():
+            p.parameter.register_hook(_multiply(self.mesh.data.size))
 
     def differentiate(self, loss: Callable[[], Tensor]) -> None:
         """Run a micro-batch forwards and backwards; every process has to run equally many."""
-        self.root.function = loss
-        value = self.engine()
-        self.root.function = None
-        self.engine.backward(value, scale_wrt_gas=False)
+        self.engine.backward(self._forward(loss), scale_wrt_gas=False)
+
+    def compute(self, function: Callable[[], T]) -> T:
+        """The value of a function of the weights, without gradients; a collective call."""
+        found: list[T] = []
+        with torch.no_grad():
+            self._forward(lambda: found.append(function()))
+        return found[0]
+
+    def _forward(self, function: Callable[[], Tensor | None]) -> Any:
+        self.root.function = function
+        try:
+            return self.engine()
+        finally:
+            self.root.function = _nothing
 
     def step(self, clip_norm: float) -> Tensor:
         """See `Engine`."""
@@ -111,25 +135,24 @@ class DeepSpeedEngine:
         for group, members in self.partial.items():
             sum_gradients(group, [p.parameter for p in members])
 
-    @contextmanager
-    def whole_weights(self, placed: Sequence[Placed] | None = None) -> Iterator[None]:
-        """With stage 3 parameters are whole only in here; what is done to them is lost."""
-        parameters = [p.parameter for p in placed or self.placed]
-        with self.deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
-            yield
-
     def model_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
         found = {}
         for p in self.placed:
-            with self.whole_weights([p]):
+            with self._whole(p):
                 found[p.name] = p.placement.join(p.parameter.detach()).clone()
         return found
 
+    def _whole(self, p: Placed, modifier: int | None = None) -> Any:
+        """A context in which a parameter is not shared out."""
+        return self.deepspeed.zero.GatheredParameters([p.parameter], modifier_rank=modifier)
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """See `Engine`. DeepSpeed counts the steps of all parameters as one."""
-        state = next(iter(self.optimizer.state.values()), {})
+        state: dict[str, Tensor] = next(iter(self.optimizer.state.values()), {})
         found: dict[str, Tensor] = {}
+        if state:
+            self._link_state()
         for p in self.trained if state else ():
             for key, value in state.items():
                 if value.dim() == 0:
@@ -144,13 +167,11 @@ class DeepSpeedEngine:
         """See `Engine`."""
         for p in self.placed:
             part = p.placement.take(tensors[p.name]).to(p.parameter.device)
-            if self.stage < 3:
+            with self._whole(p, 0):
                 p.parameter.copy_(part)
-            else:
-                with self.deepspeed.zero.GatheredParameters([p.parameter], modifier_rank=0):
-                    p.parameter.copy_(part)
-            if p.parameter.requires_grad:
-                self._set_part(p, part, None)
+        for p in self.trained:
+            part = p.placement.take(tensors[p.name]).to(p.parameter.device)
+            self._set_part(p, part, None)
 
     @torch.no_grad()
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
@@ -175,77 +196,60 @@ class DeepSpeedEngine:
 
     def _make_state(self, step: float, keys: Sequence[str]) -> None:
         """State of zeros for the flat tensors that DeepSpeed's optimizer works on."""
+        name = "single_partition_of_fp32_groups"
+        if self.stage == 3:
+            name = "fp32_partitioned_groups_flat"
+        fused = any(group.get("fused") for group in self.optimizer.param_groups)
+        for flat in getattr(self.engine.optimizer, name):
+            count = torch.tensor(step, device=flat.device if fused else None)
+            moments = {key: torch.zeros_like(flat) for key in keys}
+            self.optimizer.state[flat] = {"step": count, **moments}
+        self._link_state()
+
+    def _link_state(self) -> None:
+        """Let DeepSpeed find the state by parameter. It does so by itself once, and too early: when
+        the first of several groups has made its step."""
         zero = self.engine.optimizer
-        flat_tensors = (
-            zero.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else zero.single_partition_of_fp32_groups
-        )
-        for flat in flat_tensors:
-            state: dict[str, Tensor] = {key: torch.zeros_like(flat) for key in keys}
-            fused = any(group.get("fused") for group in self.optimizer.param_groups)
-            state["step"] = torch.tensor(step, device=flat.device if fused else None)
-            self.optimizer.state[flat] = state
         if self.stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+            groups = zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
+            for parameters, flat in groups:
+                self.deepspeed.utils.lazy_init_hp_params_optimizer_state(
+                    parameters, flat, self.optimizer.state
+                )
 
     def _set_part(self, p: Placed, part: Tensor, key: str | None) -> None:
         """Set this process's share of a parameter's fp32 copy, or of its state."""
         utils = self.deepspeed.utils
+        kind = "full"
         if self.stage == 3:
             # What it offers for whole tensors fails where they do not divide evenly.
-            part = _share(part, self.mesh.data)
-            if key is None:
-                utils.safe_set_local_fp32_param(p.parameter, part)
-            else:
-                utils.safe_set_local_optimizer_state(p.parameter, part, key)
-        elif key is None:
-            utils.safe_set_full_fp32_param(p.parameter, part)
+            kind, part = "local", _share(part, self.mesh.data)
+        if key is None:
+            getattr(utils, f"safe_set_{kind}_fp32_param")(p.parameter, part)
         else:
-            utils.safe_set_full_optimizer_state(p.parameter, part, key)
+            getattr(utils, f"safe_set_{kind}_optimizer_state")(p.parameter, part, key)
 
 
-class Axes:
+def axes_of(mesh: Mesh) -> SimpleNamespace:
     """The mesh as DeepSpeed asks for it (its `mpu`)."""
+    data_group = mesh.data.process_group
+    if data_group is None:  # this process alone, where None would mean all
+        alone = [[rank] for rank in range(mesh.world_size)]
+        data_group, _ = dist.new_subgroups_by_enumeration(alone)
+    answers: dict[str, Any] = {"get_data_parallel_group_ranks": list(mesh.data.ranks)}
+    for axis, group, process_group in (
+        ("data_parallel", mesh.data, data_group),
+        ("model_parallel", mesh.tp, mesh.tp.process_group),
+        ("tensor_model_parallel", mesh.tp, mesh.tp.process_group),
+    ):
+        answers[f"get_{axis}_group"] = process_group
+        answers[f"get_{axis}_rank"] = group.rank
+        answers[f"get_{axis}_world_size"] = group.size
+    return SimpleNamespace(**{name: partial(_answer, value) for name, value in answers.items()})
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-        self.data_group = mesh.data.process_group
-        if self.data_group is None:  # this process alone, where None would mean all
-            alone = [[rank] for rank in range(mesh.world_size)]
-            self.data_group, _ = dist.new_subgroups_by_enumeration(alone)
 
-    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        """Processes that hold the same."""
-        return self.data_group
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        """Their ranks."""
-        return list(self.mesh.data.ranks)
-
-    def get_data_parallel_rank(self) -> int:
-        """The own number among them."""
-        return self.mesh.data.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        """How many they are."""
-        return self.mesh.data.size
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        """Processes that hold different parts."""
-        return self.mesh.tp.process_group
-
-    def get_model_parallel_rank(self) -> int:
-        """The own number among them."""
-        return self.mesh.tp.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        """How many they are."""
-        return self.mesh.tp.size
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+def _answer(value: Any) -> Any:
+    return value
 
 
 def settings(config: DeepSpeedConfig) -> dict[str, Any]:
@@ -264,7 +268,7 @@ def settings(config: DeepSpeedConfig) -> dict[str, Any]:
         # However many micro-batches there are, `step` ends them.
         "managed_gradient_accumulation": False,
         "gradient_allreduce_op": "mean" if config.stage == 3 else "sum",
-        "gradient_clipping": LARGEST,
+        "gradient_clipping": 1.0,  # `step` sets its own
         "zero_optimization": zero,
         # The optimizer is PyTorch's; DeepSpeed's own for the host would have to be compiled.
         "zero_allow_untested_optimizer": True,
@@ -273,18 +277,43 @@ def settings(config: DeepSpeedConfig) -> dict[str, Any]:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The package. Raises LayoutError where it is missing."""
+    """The package. Raises LayoutError where it cannot be had."""
+    if not dist.is_initialized():
+        raise LayoutError(
+            "parallel.engine: deepspeed needs processes that a launcher started",
+            "torchrun --nproc-per-node 1 for one",
+        )
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
-        import deepspeed
-    except ImportError:
+        deepspeed = import_module("deepspeed")
+    except ImportError as error:
         raise LayoutError(
-            "parallel.engine: deepspeed is not installed", "pip install 'moebius[deepspeed]'"
+            f"parallel.engine: deepspeed cannot be imported ({error})",
+            "pip install 'moebius[deepspeed]'",
         ) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It warns that optimizers other than its own are untested: with it, that is.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Collectives through shared memory, for CPUs alone, would have to be compiled first.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import_module("deepspeed.comm.torch").build_shm_op = _nothing  # type: ignore[attr-defined]
     return deepspeed
+
+
+def check_parameters(placed: Sequence[Placed]) -> None:
+    """Raise LayoutError for what `deepspeed_problems` refuses and would be wrong without a sign."""
+    for p in placed:
+        if p.spec.role is Role.AUX_ROUTER:
+            raise LayoutError(f"parallel.engine: deepspeed, but {p.name} {CLIPPED_APART}")
+        if p.placement.tied is not None:
+            raise LayoutError(f"parallel.engine: deepspeed, but pipeline stages share {p.name}")
+
+
+def hide_empty(decoder: Decoder) -> None:
+    """Make parameters without elements plain attributes: stage 3 waits for them in vain."""
+    for module in decoder.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.numel() == 0:
+                delattr(module, name)
+                module.__dict__[name] = parameter
 
 
 def note_copies(placed: Sequence[Placed], mesh: Mesh) -> None:
@@ -297,15 +326,17 @@ def note_copies(placed: Sequence[Placed], mesh: Mesh) -> None:
 
 def partial_gradients(placed: Sequence[Placed], mesh: Mesh) -> dict[Group, list[Placed]]:
     """Parameters whose gradients must be added up along `tp` before the data-parallel processes
-    add them, by the processes that do."""
-    neighbours = {1: None, mesh.tp.size: mesh.tp}
-    for size in mesh.copies:
-        if size not in neighbours:
-            neighbours[size] = _neighbours(mesh, size)
+    add them, by the processes that do. Raises LayoutError where it takes other processes."""
+    groups = {1: None, mesh.tp.size: mesh.tp}
+    groups |= {size: _neighbours(mesh, size) for size in mesh.copies if size not in groups}
     found: dict[Group, list[Placed]] = {}
     for p in placed:
-        group = neighbours[p.placement.reduce.size // mesh.data.size]
-        if group is not None and group.size > 1:
+        ranks = set(p.placement.reduce.ranks)
+        group = groups.get(len(ranks) // mesh.data.size)
+        own = {mesh.rank} if group is None else set(group.ranks)
+        if not ranks.issuperset(mesh.data.ranks) or ranks.intersection(mesh.tp.ranks) - own:
+            raise LayoutError(f"parallel.engine: deepspeed, but other processes reduce {p.name}")
+        if group is not None:
             found.setdefault(group, []).append(p)
     return found
 
@@ -324,8 +355,8 @@ def _sum_over(group: Group) -> Callable[[Tensor], Tensor]:
 
 
 def _multiply(number: int) -> Callable[[Tensor], Tensor]:
-    """For stage 3, which can only average. Scaling the loss instead would miss the auxiliary losses:
-    their gradients do not depend on it."""
+    """For stage 3, which can only average. Scaling the loss would miss the auxiliary losses, whose
+    gradients do not depend on it."""
     return lambda gradient: gradient * number
 
 
@@ -338,7 +369,36 @@ def _share(whole: Tensor, group: Group) -> Tensor:
 
 
 def deepspeed_problems(config: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
-    """What DeepSpeed cannot do under our layers, or was not seen to do."""
+    """What cannot be done, or was not seen to be right, with DeepSpeed under our layers."""
     if config.engine != "deepspeed":
         return
-    yield from ()
+    if config.pp > 1:
+        yield Problem(
+            "parallel.pp",
+            f"{config.pp} with engine deepspeed: it reduces gradients within a backward pass, and "
+            "a pipeline has many per step; use engine native",
+        )
+    if config.ep * config.etp not in (1, config.tp):
+        yield Problem(
+            "parallel.ep",
+            f"ep * etp = {config.ep * config.etp} with engine deepspeed: it adds up all gradients "
+            f"among the same processes; use 1, tp = {config.tp}, or engine native",
+        )
+    if config.dp_replicate > 1:
+        yield Problem(
+            "parallel.dp_replicate",
+            f"{config.dp_replicate} with engine deepspeed: its ZeRO shares out among all "
+            "data-parallel processes; use engine native with data fsdp2",
+        )
+    routers = [segment.router for segment in build_program(model.depth).segments]
+    causal = [router.causal for router in routers if isinstance(router, ExpertChoiceConfig)]
+    if any(isinstance(node, CausalRouter) for node in causal):
+        yield Problem(
+            "parallel.engine", f"deepspeed, but the causal router over depths {CLIPPED_APART}"
+        )
+    if model.exits is not None and model.exits.draw != "all":
+        yield Problem(
+            "parallel.engine",
+            f"deepspeed, but model.exits.draw={model.exits.draw} leaves weights without gradients "
+            "in some steps, and DeepSpeed would update them all the same",
+        )

@@ -44,7 +44,9 @@ class Layout:
         self.config = config
         self.decoder = decoder
         self.mesh = Mesh(config, decoder.norm.weight.device.type)
-        stages = _stages(decoder, config, row_length)
+        self.num_parameters = sum(p.numel() for p in decoder.parameters())
+        """of the whole model"""
+        self.stages = stages = _stages(decoder, config, row_length)
         tied = _keep_stages(decoder, stages, self.mesh)
         placed = place(decoder, config, self.mesh, tied)
         device = placed[0].parameter.device

@@ -42,7 +42,7 @@ class TensorRegion(Region):
 
 
 class VocabularyPart:
-    """The own rows of embedding and head, see `kernels.cross_entropy.Vocabulary`."""
+    """The own rows of embedding and head, see `kernels.vocabulary.Vocabulary`."""
 
     def __init__(self, group: Group, vocab_size: int) -> None:
         self.group = group

@@ -60,6 +60,7 @@ def test_four_processes_train_like_one(run_tree: dict[str, Any], tmp_path: Path)
     assert_same_course(steps_of(tmp_path / "four"), steps_of(Path(one.folder)))
     assert output.count("starting: 6 steps") == 1, "one process prints"
     assert "tp = 2: ranks 0, 1 and so on, within a node" in output
+    assert "rank 0 holds " in output
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -86,6 +87,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "mor_token": {"depth": depth(router=token({"kind": "bias", "rate": 0.01}))},
     "mor_hybrid": {"depth": depth(router=expert(), kv="hybrid")},
     "mor_shared": {"depth": depth(router=expert(), kv="shared_first")},
+    "exits": {
+        "depth": depth(router=expert()),
+        "exits": {"after": [2, 3], "coefficient": 0.5, "self_distillation": 0.5},
+    },
     "moepp_mor": {"ffn": MOEPP, "depth": depth(2, 2, router=expert())},
     "v3_token": {"ffn": V3, "depth": depth(2, router=token())},
     "mixture": {
@@ -319,6 +324,14 @@ def documents(rows: int) -> TokenBatch:
     return batch
 
 
+class Rows(SimpleNamespace):
+    """A batch that can be cut, as the data room's can."""
+
+    def rows(self, start: int, end: int) -> TokenBatch:
+        """Some of the rows."""
+        return rows_of(self, start, end)  # type: ignore[arg-type]
+
+
 def sgd(parameters: Iterable[tuple[nn.Parameter, ParameterSpec]]) -> torch.optim.Optimizer:
     """Plain steps, in which gradients show."""
     trained = [p for p, spec in parameters if spec.role is not Role.FROZEN]
@@ -330,6 +343,7 @@ def train(name: str, case: Case, dtype: torch.dtype = torch.float64) -> dict[str
     decoder = decoder_of(name, dtype)
     layout = Layout(decoder, case.config, sgd, LENGTH)
     batch = documents(case.rows)
+    whole = Rows(**vars(batch))
     parts = [
         rows_of(batch, start, end) for start, end in layout.row_ranges(case.rows, case.micro_batch)
     ]
@@ -343,7 +357,12 @@ def train(name: str, case: Case, dtype: torch.dtype = torch.float64) -> dict[str
     for number, clip_norm in enumerate(CLIPS):
         step = FIRST_STEP + number
         context = StepContext(
-            "topk", Ledger(), step=step, seed=7, training=True, recompute=case.recompute
+            "topk",
+            Ledger(keep_routings=True),
+            step=step,
+            seed=7,
+            training=True,
+            recompute=case.recompute,
         )
         result = layout.accumulate_gradients(parts, batch.labels_BS.numel(), context)
         keep({"grad_norm": layout.engine.step(clip_norm)})
@@ -352,8 +371,11 @@ def train(name: str, case: Case, dtype: torch.dtype = torch.float64) -> dict[str
         keep({f"auxiliary/{name}": loss for name, loss in result.ledger.losses.items()})
         for site, sums in result.ledger.statistics.items():
             keep({f"{site}/{key}": value for key, value in sums.items()})
+        keep({f"{site}/experts": ids for site, ids in result.ledger.routings.items()})
         after = layout.engine.model_tensors()
         keep({f"update/{name}": (after[name] - before[name]) / RATE for name in after})
         before = after = {name: tensor.clone() for name, tensor in after.items()}
         keep(layout.buffers())
+        evaluation = StepContext("threshold", Ledger(), step=step, seed=7)
+        keep({f"evaluation/{n}": loss for n, loss in layout.loss_sums(whole, evaluation).items()})
     return left

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from moebius.data.manifest import read_manifest
+from moebius.parallel.world import is_main
 from moebius.trainer.callbacks.base import Callback, StepReport
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.console import ConsoleCallback
@@ -44,18 +46,22 @@ def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
     check_folder(config)
     callbacks = [
         StopAfter(stop_after),
-        ConsoleCallback(Console(file=open(os.devnull, "w"))),  # noqa: SIM115
-        JsonlSink(),
-        TensorBoardSink(),
         MetricsCallback(),
         EvaluationCallback(),
-        RoutingRecorder(),
         CheckpointCallback(),
     ]
+    if is_main():
+        callbacks += [
+            ConsoleCallback(Console(file=open(os.devnull, "w"))),  # noqa: SIM115
+            JsonlSink(),
+            TensorBoardSink(),
+            RoutingRecorder(),
+        ]
     run = Run(config, read_manifest(Path(config.data.dir)), callbacks)
-    with lock_folder(run.folder):
+    with lock_folder(run.folder) if is_main() else nullcontext():
         run.resume()
-        claim_folder(config)
+        if is_main():
+            claim_folder(config)
         train(run)
     return run
 

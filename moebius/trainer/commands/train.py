@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import Store
 from moebius.data.prepare import prepare
 from moebius.errors import LayoutError
 from moebius.parallel.batch import row_ranges
+from moebius.parallel.explain import explain
 from moebius.parallel.mesh import Axes
 from moebius.parallel.schedule import plan
 from moebius.parallel.world import is_main, joined, main_first, world_size
@@ -83,7 +84,7 @@ def _train(
     if is_main():
         callbacks += [ConsoleCallback(console), JsonlSink(), TensorBoardSink(), RoutingRecorder()]
     training = Run(config, manifest, callbacks)
-    for line in training.layout.mesh.describe(int(os.environ.get("LOCAL_WORLD_SIZE") or 1)):
+    for line in explain(training.layout, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)):
         say(line)
     # Only now: a run that could not be built leaves no trace in the folder.
     with lock_folder(training.folder) if is_main() else nullcontext():

@@ -1,0 +1,32 @@
+"""Who holds what, in a few lines."""
+
+from collections.abc import Iterator
+
+from torch.distributed.tensor import DTensor
+
+from moebius.parallel.layout import Layout
+
+
+def explain(layout: Layout, processes_per_node: int) -> Iterator[str]:
+    """The axes and their links, the stages of a pipeline, and what one process holds; nothing for
+    a process alone."""
+    if layout.mesh.world.size == 1:
+        return
+    yield from layout.mesh.describe(processes_per_node)
+    for stage in layout.stages:
+        visits = [f"{visit.layer}@{visit.depth}" for unit in stage.units for visit in unit.visits]
+        ends = ["embedding"] * stage.is_first, ["head"] * stage.is_last
+        process = stage.number % layout.mesh.pp.size
+        yield f"stage {stage.number} on pp {process}: {' '.join([*ends[0], *visits, *ends[1]])}"
+    held = sum(
+        (p.to_local() if isinstance(p, DTensor) else p).numel() for p in layout.decoder.parameters()
+    )
+    updated = sum(
+        (p.to_local() if isinstance(p, DTensor) else p).numel()
+        for group in layout.engine.optimizer.param_groups
+        for p in group["params"]
+    )
+    yield (
+        f"rank {layout.mesh.rank} holds {held:,} of {layout.num_parameters:,} parameters "
+        f"and updates {updated:,}"
+    )
