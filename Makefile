@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow deepspeed lint clean
 
 quickstart: $(VENV)/.installed  ## train a small model on the standard library and let it write
 	$(BIN)/moebius train configs/quickstart.yaml
@@ -11,7 +11,7 @@ quickstart: $(VENV)/.installed  ## train a small model on the standard library a
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
 	$(BIN)/pytest
 
-test-slow: $(VENV)/.installed-dev  ## the quickstart in a fresh clone, and every preset of both routings
+test-slow: $(VENV)/.installed-dev  ## quickstart in a fresh clone, every preset, every layout, killed workers
 	$(BIN)/pytest -m slow -s
 
 lint: $(VENV)/.installed-dev  ## format, lint, types
@@ -21,6 +21,9 @@ lint: $(VENV)/.installed-dev  ## format, lint, types
 
 clean:  ## remove the environment; prepared data and runs stay
 	rm -rf $(VENV)
+
+deepspeed: $(VENV)/.installed-dev  ## install what `parallel.engine=deepspeed` needs
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install --quiet --editable '.[deepspeed]'
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

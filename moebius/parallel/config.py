@@ -26,7 +26,7 @@ class DeepSpeedConfig(ConfigNode):
     stage: Literal[1, 2, 3] = 1
     """1: the optimizer's state is shared out; 2: gradients too; 3: parameters too"""
     offload_optimizer: bool = False
-    """with stage 2: keep the optimizer's state in the host's memory and step there"""
+    """keep the optimizer's state in the host's memory and step there"""
 
 
 class ParallelConfig(ConfigNode):

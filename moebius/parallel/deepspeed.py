@@ -33,6 +33,7 @@ from moebius.parallel.mesh import Mesh, partition
 from moebius.parallel.place import Placed
 
 T = TypeVar("T")
+MASTERS = "single_partition_of_fp32_groups"
 CLIPPED_APART = "is clipped apart from the model, and DeepSpeed clips all by one norm"
 
 
@@ -151,9 +152,10 @@ class DeepSpeedEngine:
         """See `Engine`. DeepSpeed counts the steps of all parameters as one."""
         state: dict[str, Tensor] = next(iter(self.optimizer.state.values()), {})
         found: dict[str, Tensor] = {}
-        if state:
-            self._link_state()
-        for p in self.trained if state else ():
+        if not state:
+            return found
+        self._link_state()
+        for p in self.trained:
             for key, value in state.items():
                 if value.dim() == 0:
                     found[f"{p.name}/{key}"] = value.cpu().clone()
@@ -166,9 +168,8 @@ class DeepSpeedEngine:
     def load_model(self, tensors: dict[str, Tensor]) -> None:
         """See `Engine`."""
         for p in self.placed:
-            part = p.placement.take(tensors[p.name]).to(p.parameter.device)
             with self._whole(p, 0):
-                p.parameter.copy_(part)
+                p.parameter.copy_(p.placement.take(tensors[p.name]))
         for p in self.trained:
             part = p.placement.take(tensors[p.name]).to(p.parameter.device)
             self._set_part(p, part, None)
@@ -177,17 +178,15 @@ class DeepSpeedEngine:
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """See `Engine`. Raises CheckpointError where parameters took differently many steps."""
         steps = {float(t) for path, t in tensors.items() if path.endswith("/step")}
-        if not steps:
-            return
         if len(steps) > 1:
             raise CheckpointError(
                 "the optimizer's state has parameters that took differently many steps, which "
                 "DeepSpeed cannot",
                 "go on with parallel.engine=native",
             )
-        paths = [path for path in tensors if not path.endswith("/step")]
-        keys = sorted({path.rpartition("/")[2] for path in paths})
-        self._make_state(steps.pop(), keys)
+        keys = sorted({path.rpartition("/")[2] for path in tensors} - {"step"})
+        if steps:
+            self._make_state(steps.pop(), keys)
         for p in self.trained:
             for key in keys:
                 whole = tensors.get(f"{p.name}/{key}")
@@ -196,11 +195,10 @@ class DeepSpeedEngine:
 
     def _make_state(self, step: float, keys: Sequence[str]) -> None:
         """State of zeros for the flat tensors that DeepSpeed's optimizer works on."""
-        name = "single_partition_of_fp32_groups"
-        if self.stage == 3:
-            name = "fp32_partitioned_groups_flat"
+        zero = self.engine.optimizer
+        name = "fp32_partitioned_groups_flat" if self.stage == 3 else MASTERS
         fused = any(group.get("fused") for group in self.optimizer.param_groups)
-        for flat in getattr(self.engine.optimizer, name):
+        for flat in getattr(zero, name):
             count = torch.tensor(step, device=flat.device if fused else None)
             moments = {key: torch.zeros_like(flat) for key in keys}
             self.optimizer.state[flat] = {"step": count, **moments}
@@ -209,13 +207,10 @@ class DeepSpeedEngine:
     def _link_state(self) -> None:
         """Let DeepSpeed find the state by parameter. It does so by itself once, and too early: when
         the first of several groups has made its step."""
-        zero = self.engine.optimizer
+        zero, link = self.engine.optimizer, self.deepspeed.utils.lazy_init_hp_params_optimizer_state
         if self.stage < 3:
-            groups = zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
-            for parameters, flat in groups:
-                self.deepspeed.utils.lazy_init_hp_params_optimizer_state(
-                    parameters, flat, self.optimizer.state
-                )
+            for group in zip(zero.bit16_groups, getattr(zero, MASTERS), strict=True):
+                link(*group, self.optimizer.state)
 
     def _set_part(self, p: Placed, part: Tensor, key: str | None) -> None:
         """Set this process's share of a parameter's fp32 copy, or of its state."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from moebius.model.objective import TeacherModel
 from moebius.parallel.batch import row_ranges
 from moebius.parallel.comm import Group
 from moebius.parallel.config import ParallelConfig
+from moebius.parallel.deepspeed import DeepSpeedEngine
 from moebius.parallel.engine import Engine, MakeOptimizer, ReplicatedEngine, of_all_stages
 from moebius.parallel.fsdp import FSDPEngine, ShardedExecutor
 from moebius.parallel.ledger import merge_results
@@ -57,7 +59,13 @@ class Layout:
             channel = Channel(self.mesh.pp, device)
             self.executor = PipelineExecutor(local, own, channel, config.pipeline.schedule)
         self.engine: Engine
-        if config.data == "fsdp2" and self.mesh.data.size > 1:
+        self.compute: Callable[[Callable[[], Any]], Any] = lambda function: function()
+        """how what only reads the weights is run"""
+        if config.engine == "deepspeed":
+            engine = DeepSpeedEngine(decoder, placed, self.mesh, make_optimizer, config.deepspeed)
+            local.differentiate, self.compute = engine.differentiate, engine.compute
+            self.engine = engine
+        elif config.data == "fsdp2" and self.mesh.data.size > 1:
             self.executor = ShardedExecutor(local, self.mesh)
             self.engine = FSDPEngine(self.executor, placed, self.mesh, make_optimizer)
         elif config.data == "zero1" and self.mesh.world.size > 1:
@@ -73,7 +81,8 @@ class Layout:
         exits = exits or (last,)
         sums = torch.zeros(len(exits), dtype=torch.float64, device=batch.tokens_BS.device)
         ((start, end),) = self.row_ranges(len(batch.tokens_BS), max(len(batch.tokens_BS), 1))
-        found = self.executor.token_losses(batch.rows(start, end), step, exits)
+        own = batch.rows(start, end)
+        found = self.compute(lambda: self.executor.token_losses(own, step, exits))
         for number, losses_BS in found.items():
             sums[exits.index(number)] = losses_BS.double().sum()
         self.mesh.pp.all_reduce(self.mesh.data.all_reduce(sums))

@@ -65,33 +65,33 @@ class Mesh:
         self.traffic = Traffic()
         self.device_type = device_type
         sizes = self.axes.dense
-        self.pp = self._group("pp")
-        self.dp = self._group("dp_replicate", "dp_shard")
-        self.dp_replicate = self._group("dp_replicate")
-        self.cp = self._group("cp")
-        self.tp = self._group("tp")
-        self.rows = self._group("cp", "tp")
+        self.pp = self._group("pp", "pp")
+        self.dp = self._group("dp", "dp_replicate", "dp_shard")
+        self.dp_replicate = self._group("dp_replicate", "dp_replicate")
+        self.cp = self._group("cp", "cp")
+        self.tp = self._group("tp", "tp")
+        self.rows = self._group("rows", "cp", "tp")
         """with sequence parallelism, all that work on the same rows"""
-        self.data = self._group("dp_replicate", "dp_shard", "cp")
-        self.data_tp = self._group("dp_replicate", "dp_shard", "cp", "tp")
-        self.shard = self._group("dp_shard", "cp")
+        self.data = self._group("data", "dp_replicate", "dp_shard", "cp")
+        self.data_tp = self._group("data_tp", "dp_replicate", "dp_shard", "cp", "tp")
+        self.shard = self._group("shard", "dp_shard", "cp")
         """among which FSDP2 shares parameters out"""
-        self.edp = self._group("edp")
-        self.experts = self._group("ep", "etp")
-        self.ep = self._group("ep")
-        self.etp = self._group("etp")
-        self.world = self._group(*DENSE)
+        self.edp = self._group("edp", "edp")
+        self.experts = self._group("experts", "ep", "etp")
+        self.ep = self._group("ep", "ep")
+        self.etp = self._group("etp", "etp")
+        self.world = self._group("world", *DENSE)
         numbers = [n for n in range(2, sizes["tp"] + 1) if sizes["tp"] % n == 0]
         self.neighbours = {n: self._copies(n) for n in numbers}
         """by number, so many neighbours along tp"""
         self.copies = {n: self._copies(n, "dp_replicate", "dp_shard", "cp") for n in numbers}
         """the same with those of the data axes: all that hold the same keys"""
 
-    def _group(self, *axes: str) -> Group:
+    def _group(self, name: str, *axes: str) -> Group:
         view = (
             self.axes.dense if all(axis in self.axes.dense for axis in axes) else self.axes.expert
         )
-        return self._make("*".join(axes), partition(view, axes))
+        return self._make(name, partition(view, axes))
 
     def pp_group(self, stages: Sequence[int]) -> Group | None:
         """This process's part of some processes of the pipeline, None where it is not among them; a
@@ -107,8 +107,7 @@ class Mesh:
         sizes = dict(self.axes.dense)
         sizes["tp"] //= number
         sizes["copies"] = number
-        name = "*".join((*axes, f"{number} of tp"))
-        return self._make(name, partition(sizes, (*axes, "copies")))
+        return self._make("copies", partition(sizes, (*axes, "copies")))
 
     def _make(self, name: str, lists: list[list[int]]) -> Group:
         own = next(ranks for ranks in lists if self.rank in ranks)
@@ -118,15 +117,6 @@ class Mesh:
             return Group(name, own, dist.group.WORLD, self.traffic)
         group, _ = dist.new_subgroups_by_enumeration(lists)
         return Group(name, own, group, self.traffic)
-
-    def coordinates(self, rank: int) -> dict[str, int]:
-        """Where a process stands on every axis."""
-        found = {}
-        for view in (self.axes.dense, self.axes.expert):
-            rest = rank
-            for axis, size in reversed(view.items()):
-                rest, found[axis] = divmod(rest, size)
-        return found
 
     def describe(self, processes_per_node: int) -> Iterator[str]:
         """Lines that say how long each axis is and whether it leaves a node."""

@@ -23,6 +23,7 @@ from moebius.model.moe.pool import DISPATCHED
 from moebius.model.program import build_program
 from moebius.model.recursion.config import DoraConfig
 from moebius.parallel.config import ParallelConfig
+from moebius.parallel.deepspeed import deepspeed_problems
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def pipeline_rules(asked: Asked) -> Iterator[Problem]:
         yield Problem(
             "parallel.pp", "exits read the stream before the last stage, where the head is"
         )
-    if parallel.data == "fsdp2":
+    if parallel.engine == "native" and parallel.data == "fsdp2":
         yield Problem(
             "parallel.data", "fsdp2 would gather parameters for every micro-batch; use zero1"
         )
@@ -213,7 +214,8 @@ def is_shared(model: ModelConfig) -> bool:
 def data_rules(asked: Asked) -> Iterator[Problem]:
     """Replicas are groups of shards."""
     parallel = asked.parallel
-    if parallel.dp_replicate > 1 and parallel.data != "fsdp2":
+    is_native = parallel.engine == "native"
+    if is_native and parallel.dp_replicate > 1 and parallel.data != "fsdp2":
         yield Problem(
             "parallel.dp_replicate",
             f"{parallel.dp_replicate}, but with data: {parallel.data} nothing is replicated apart; "
@@ -227,6 +229,11 @@ def teacher_rules(asked: Asked) -> Iterator[Problem]:
         yield Problem("parallel.tp", "a teacher predicts whole rows; use tp = cp = 1 to distil")
 
 
+def deepspeed_rules(asked: Asked) -> Iterator[Problem]:
+    """What DeepSpeed's ZeRO cannot do under our layers."""
+    yield from deepspeed_problems(asked.parallel, asked.model)
+
+
 LAYOUT_RULES: tuple[Callable[[Asked], Iterator[Problem]], ...] = (
     head_rules,
     width_rules,
@@ -237,6 +244,7 @@ LAYOUT_RULES: tuple[Callable[[Asked], Iterator[Problem]], ...] = (
     pipeline_rules,
     data_rules,
     teacher_rules,
+    deepspeed_rules,
 )
 
 

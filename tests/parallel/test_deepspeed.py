@@ -37,6 +37,7 @@ from tests.parity.layouts import CLIPS, FIRST_STEP, Case, decoder_of, documents,
 pytest.importorskip("deepspeed")
 # What DeepSpeed imports at its start takes many seconds; forked processes then have it already.
 pytest.importorskip("deepspeed.runtime.zero.muon.muon_optimizer")
+pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-5
 ROUNDING = 4e-7
@@ -395,7 +396,6 @@ def test_names_the_launcher_that_is_missing() -> None:
 
 
 def test_refuses_steps_that_differ() -> None:
-    one = SimpleNamespace()
     steps = {"a/step": torch.tensor(2.0), "b/step": torch.tensor(3.0)}
     with pytest.raises(CheckpointError, match="differently many steps"):
-        DeepSpeedEngine.load_optimizer(one, steps)  # type: ignore[arg-type]
+        DeepSpeedEngine.load_optimizer(SimpleNamespace(), steps)  # type: ignore[arg-type]

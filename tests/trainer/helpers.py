@@ -73,11 +73,11 @@ def saved_state(run: Run) -> dict[str, Tensor]:
 
 
 def logged(folder: str | Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
+    """metrics.jsonl without what depends on the clock or the layout."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    other = ("speed/", "communication/")
     return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith("speed/")}
-        for line in lines
+        {k: v for k, v in json.loads(line).items() if not k.startswith(other)} for line in lines
     ]
 
 
