@@ -49,7 +49,7 @@ from moebius.parallel.expert import AllToAllDispatcher, Visitors
 from moebius.parallel.layout import Layout
 
 PROCESSES = 4
-STEPS = 120
+STEPS = 80
 COUNTED = 4
 """steps after training whose bytes are counted"""
 ROWS, LENGTH = 8, 256

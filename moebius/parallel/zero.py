@@ -35,6 +35,8 @@ class Piece:
     """elements of the flattened parameter"""
     end: int
     own: nn.Parameter
+    offset: int
+    """where the piece begins in the process's part of the buffer"""
 
 
 class Bucket:
@@ -45,59 +47,53 @@ class Bucket:
         self.group: Group = placed[0].placement.reduce
         self.tied = placed[0].placement.tied
         total = sum(p.parameter.numel() for p in placed)
-        example = placed[0].parameter
         self.size = -(-total // self.group.size)
         """elements of a part"""
-        self.values = example.new_zeros(self.size * self.group.size)
+        self.first = self.group.rank * self.size
+        self.values = placed[0].parameter.new_zeros(self.size * self.group.size)
         self.pieces: list[Piece] = []
-        first, offset = self.group.rank * self.size, 0
+        begin = 0
         for p in placed:
-            count = p.parameter.numel()
-            place = self.values[offset : offset + count].view_as(p.parameter)
-            place.copy_(p.parameter.data)
-            p.parameter.data = place
-            start, end = max(first - offset, 0), min(first + self.size - offset, count)
-            if start < end:
-                own = nn.Parameter(
-                    self.values[offset + start : offset + end], p.parameter.requires_grad
-                )
-                self.pieces.append(Piece(p, start, end, own))
-            offset += count
+            self._take_over(p, begin)
+            begin += p.parameter.numel()
+
+    def _take_over(self, p: Placed, begin: int) -> None:
+        """Move a parameter into the buffer, and note which piece of it is updated here."""
+        place = self.values[begin : begin + p.parameter.numel()]
+        place.copy_(p.parameter.data.flatten())
+        p.parameter.data = place.view(p.parameter.shape)
+        start = max(self.first - begin, 0)
+        end = min(self.first + self.size - begin, p.parameter.numel())
+        if start < end:
+            own = nn.Parameter(place[start:end])
+            self.pieces.append(Piece(p, start, end, own, begin + start - self.first))
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Hand every piece its gradient; the parameters lose theirs."""
+        parameters = [p.parameter for p in self.placed]
         if self.tied is not None:
-            agree_on_use(self.tied, [p.parameter for p in self.placed])
-        flat = torch.zeros_like(self.values)
-        offset = 0
-        used = set()
-        for p in self.placed:
-            if p.parameter.grad is not None:
-                used.add(p.name)
-                flat[offset : offset + p.parameter.numel()] = p.parameter.grad.flatten()
-                p.parameter.grad = None
-            offset += p.parameter.numel()
+            agree_on_use(self.tied, parameters)
+        used = {p.name for p in self.placed if p.parameter.grad is not None}
         if not used:
             return
+        flat = torch.zeros_like(self.values)
+        places = flat[: sum(p.numel() for p in parameters)].split([p.numel() for p in parameters])
+        for parameter, place in zip(parameters, places, strict=True):
+            if parameter.grad is not None:
+                place.copy_(parameter.grad.flatten())
+                parameter.grad = None
         part = self.group.reduce_scatter(flat)
         if self.tied is not None:
             part = self.tied.all_reduce(part)
-        first, offset = self.group.rank * self.size, 0
-        starts = {}
-        for p in self.placed:
-            starts[p.name] = offset
-            offset += p.parameter.numel()
         for piece in self.pieces:
-            begin = starts[piece.of.name] + piece.start - first
-            gradient = part[begin : begin + piece.end - piece.start]
+            gradient = part[piece.offset : piece.offset + piece.end - piece.start]
             piece.own.grad = gradient if piece.of.name in used else None
 
     @torch.no_grad()
     def publish(self) -> None:
         """Give everyone the parameters that were updated here."""
-        first = self.group.rank * self.size
-        own = self.values[first : first + self.size].clone()
+        own = self.values[self.first : self.first + self.size].clone()
         self.values.copy_(self.group.all_gather(own))
 
 

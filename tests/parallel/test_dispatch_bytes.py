@@ -63,7 +63,7 @@ class Layouted:
     """A layout, the axis along which tokens travel in it, and the precision of products."""
 
     case: Case
-    axis: str = "ep*etp"
+    axis: str = "experts"
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     models: tuple[str, ...] = tuple(MODELS)

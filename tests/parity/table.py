@@ -5,11 +5,10 @@ from pathlib import Path
 
 from tests.parity.layouts import (
     COMBINATIONS,
-    CORE,
     LAYOUTS,
-    MAIN,
     MODELS,
     case_of,
+    is_tried,
     refusal,
 )
 
@@ -36,7 +35,7 @@ BETWEEN = """
 
 Schedules, uneven and empty shares of a batch, accumulation and recomputation are in these layouts.
 `yes`: the test `test_equals_one_process[<layout>-<model>]` or `test_equals_one_process_too[...]`;
-`legal`: like other models on this layout, not tried by itself; a number: refused, see below.
+`legal`: not tried with this model, as models like it are; a number: refused, see below.
 
 """
 
@@ -57,7 +56,7 @@ def lines() -> Iterator[str]:
         for model in MODELS:
             reason = refusal(layout, model)
             if reason is None:
-                cells.append("yes" if model in MAIN or layout in CORE else "legal")
+                cells.append("yes" if is_tried(layout, model) else "legal")
                 continue
             if reason not in reasons:
                 reasons.append(reason)
