@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moebius.kernels.precision import for_products
 from moebius.kernels.vocabulary import Vocabulary, label_losses_, locate, log_softmax_, total
 
 CHUNK_BYTES = 64 * 2**20
@@ -116,7 +117,7 @@ def token_cross_entropy(
     losses_T = head.logits_CV.new_empty(labels_T.shape)
     for start in range(0, len(labels_T), chunk_tokens):
         rows = slice(start, start + chunk_tokens)
-        logits_CV = head.logits(_for_products(hidden_TD[rows]))
+        logits_CV = head.logits(for_products(hidden_TD[rows]))
         losses_T[rows] = label_losses_(logits_CV, labels_T[rows].unsqueeze(1), vocabulary)
     return losses_T
 
@@ -182,7 +183,7 @@ def _exit_losses(
         if lesson is not None:
             lesson.go_to(rows)
         for x, hidden_TD in enumerate(hidden_XTD):
-            hidden_CD = _for_products(hidden_TD[rows])
+            hidden_CD = for_products(hidden_TD[rows])
             logits_CV = head.logits(hidden_CD)
             ce_XT[x, rows] = label_losses_(logits_CV, labels_C1, vocabulary)
             if lesson is not None:
@@ -201,7 +202,7 @@ class _Head:
     """
 
     def __init__(self, weight_VD: Tensor, chunk_tokens: int) -> None:
-        self.weight_VD = _for_products(weight_VD)
+        self.weight_VD = for_products(weight_VD)
         dtype = self.weight_VD.dtype
         self.product_CV = weight_VD.new_empty(chunk_tokens, len(weight_VD), dtype=dtype)
         self.logits_CV = self.product_CV
@@ -237,7 +238,7 @@ class _Lesson:
 
     def go_to(self, rows: slice) -> None:
         """Let the teacher speak on these tokens."""
-        logits_CV = self.head.logits(_for_products(self.hidden_TD[rows]))
+        logits_CV = self.head.logits(for_products(self.hidden_TD[rows]))
         log_probs_CV, _ = log_softmax_(logits_CV.div_(self.temperature), self.vocabulary)
         probs_CV = torch.exp(log_probs_CV, out=self.probs_CV[: len(logits_CV)])
         self.entropy_C = -total(log_probs_CV.mul_(probs_CV).sum(1), self.vocabulary)
@@ -325,14 +326,6 @@ def _logit_gradients_(
     one_hot_C1 = is_here_C1.to(gradients_CV.dtype) * (-ce / scale)
     gradients_CV.scatter_add_(1, row_C1, one_hot_C1)
     return scale
-
-
-def _for_products(x: Tensor) -> Tensor:
-    """The operand as autocast would hand it to a matrix product."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
 
 
 def _check_tokens(labels_T: Tensor, *hidden: Tensor) -> None:

@@ -29,7 +29,7 @@ from moebius.model.recursion.config import CausalRouter, ExpertChoiceConfig
 from moebius.parallel.comm import Group
 from moebius.parallel.config import DeepSpeedConfig, ParallelConfig
 from moebius.parallel.engine import MakeOptimizer, sum_gradients
-from moebius.parallel.mesh import Mesh, partition
+from moebius.parallel.mesh import Mesh
 from moebius.parallel.place import Placed
 
 T = TypeVar("T")
@@ -322,8 +322,7 @@ def note_copies(placed: Sequence[Placed], mesh: Mesh) -> None:
 def partial_gradients(placed: Sequence[Placed], mesh: Mesh) -> dict[Group, list[Placed]]:
     """Parameters whose gradients must be added up along `tp` before the data-parallel processes
     add them, by the processes that do. Raises LayoutError where it takes other processes."""
-    groups = {1: None, mesh.tp.size: mesh.tp}
-    groups |= {size: _neighbours(mesh, size) for size in mesh.copies if size not in groups}
+    groups: dict[int, Group | None] = {**mesh.neighbours, 1: None, mesh.tp.size: mesh.tp}
     found: dict[Group, list[Placed]] = {}
     for p in placed:
         ranks = set(p.placement.reduce.ranks)
@@ -334,15 +333,6 @@ def partial_gradients(placed: Sequence[Placed], mesh: Mesh) -> dict[Group, list[
         if group is not None:
             found.setdefault(group, []).append(p)
     return found
-
-
-def _neighbours(mesh: Mesh, size: int) -> Group:
-    sizes = dict(mesh.axes.dense)
-    sizes["tp"] //= size
-    lists = partition(sizes | {"copies": size}, ("copies",))
-    group, _ = dist.new_subgroups_by_enumeration(lists)
-    own = next(ranks for ranks in lists if mesh.rank in ranks)
-    return Group(f"{size} of tp", own, group, mesh.traffic)
 
 
 def _sum_over(group: Group) -> Callable[[Tensor], Tensor]:

@@ -68,7 +68,7 @@ class ReplicatedEngine:
     def step(self, clip_norm: float) -> Tensor:
         """See `Engine`."""
         self.reduce()
-        norm = clip(self._gradients(), self.mesh.world, clip_norm)
+        norm = clip(self._gradients(), self.mesh, clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -174,29 +174,20 @@ def sum_tensors(group: Group, tensors: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def clip(gradients: Iterable[tuple[Tensor, Role, int]], world: Group, clip_norm: float) -> Tensor:
+def clip(gradients: Iterable[tuple[Tensor, Role, int]], mesh: Mesh, clip_norm: float) -> Tensor:
     """Scale gradients, given with role and number of copies, as `Engine.step` says.
 
-    Every element counts once, wherever and however often it is held.
+    Every element counts once, wherever and however often it is held. A collective call.
     """
-    own: list[Tensor] = []
-    apart: list[Tensor] = []
-    device = torch.device("cpu")
-    squares: list[list[Tensor]] = [[], []]
+    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+    squares = torch.zeros(2, dtype=torch.float64, device=mesh.device_type)
     for gradient, role, replicas in gradients:
         number = int(role is Role.AUX_ROUTER)
-        (apart if number else own).append(gradient)
+        groups[number].append(gradient)
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-        squares[number].append(norm.square() / replicas)
-        device = gradient.device
-    sums = torch.stack(
-        [
-            torch.stack(s).sum() if s else torch.zeros((), dtype=torch.float64, device=device)
-            for s in squares
-        ]
-    )
-    norms = world.all_reduce(sums).sqrt()
-    for norm, members in zip(norms, (own, apart), strict=True):
+        squares[number] += norm.square() / replicas
+    norms = mesh.world.all_reduce(squares).sqrt()
+    for norm, members in zip(norms, groups, strict=True):
         factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient in members:
             gradient.mul_(factor.to(gradient.dtype))

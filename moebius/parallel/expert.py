@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moebius.kernels.precision import for_products
 from moebius.model.decoder import Decoder
 from moebius.model.moe.dispatch import Dispatch, LocalDispatcher
 from moebius.model.moe.experts import ExpertPool, FFNExperts, LowRankExperts
@@ -88,14 +89,6 @@ class AllToAllDispatcher:
             return y_TD.index_add(0, dispatch.home_U, rows_UD.to(y_TD.dtype))
         routed_TD = torch.zeros_like(y_TD).index_add(0, dispatch.home_U, rows_UD.to(y_TD.dtype))
         return y_TD + add_up(routed_TD, self.same)
-
-
-def for_products(x: Tensor) -> Tensor:
-    """In the precision of matrix products, which is what has to travel."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
 
 
 def owners(ids_TK: Tensor, sizes: Sequence[int], num_owners: int) -> tuple[Tensor, Tensor]:

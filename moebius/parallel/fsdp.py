@@ -213,7 +213,7 @@ class FSDPEngine:
     def step(self, clip_norm: float) -> Tensor:
         """See `Engine`; over the data axes FSDP2 has reduced already."""
         self._add_up_rest()
-        norm = clip(self._gradients(), self.mesh.world, clip_norm)
+        norm = clip(self._gradients(), self.mesh, clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm

@@ -32,7 +32,7 @@ class Layout:
 
     Give it a whole, initialised decoder, the same on every process; the layout must be legal for
     it, see `parallel.rules`. One process alone is a layout, too. `row_length` is that of rows in
-    training, at which pipeline stages are to be alike in cost.
+    training, at which pipeline stages are to be alike in cost. Parts move to `device`.
     """
 
     def __init__(
@@ -42,21 +42,23 @@ class Layout:
         make_optimizer: MakeOptimizer,
         row_length: int,
         autocast_dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        device = device or decoder.norm.weight.device
         self.config = config
         self.decoder = decoder
-        self.mesh = Mesh(config, decoder.norm.weight.device.type)
+        self.mesh = Mesh(config, device.type)
         self.num_parameters = sum(p.numel() for p in decoder.parameters())
         """of the whole model"""
         self.stages = stages = _stages(decoder, config, row_length)
         tied = _keep_stages(decoder, stages, self.mesh)
         placed = place(decoder, config, self.mesh, tied)
-        device = placed[0].parameter.device
+        decoder.to(device)  # only now: a device need not hold the whole model
         local = LocalExecutor(decoder, autocast_dtype, spread=row_spread(config, self.mesh))
         self.executor: LocalExecutor | PipelineExecutor = local
         if self.mesh.pp.size > 1:
             own = stages[self.mesh.pp.rank :: self.mesh.pp.size]
-            channel = Channel(self.mesh.pp, device)
+            channel = Channel(self.mesh.pp, self.mesh.pp_back, device)
             self.executor = PipelineExecutor(local, own, channel, config.pipeline.schedule)
         self.engine: Engine
         self.compute: Callable[[Callable[[], Any]], Any] = lambda function: function()
@@ -92,17 +94,18 @@ class Layout:
         """Take the own parts of a whole model, its buffers included, and its optimizer's state."""
         self.engine.load_model(model)
         self.engine.load_optimizer(optimizer)
+        names = self._buffer_names()
         for name, buffer in self.decoder.state_dict().items():
-            if name in self._buffers:
+            if name in names:
                 buffer.copy_(model[name])
 
     def buffers(self) -> dict[str, Tensor]:
         """What controllers and routers remember, of all stages; a collective call."""
-        own = {name: b for name, b in self.decoder.state_dict().items() if name in self._buffers}
+        names = self._buffer_names()
+        own = {name: b for name, b in self.decoder.state_dict().items() if name in names}
         return of_all_stages(own, self.mesh)
 
-    @property
-    def _buffers(self) -> set[str]:
+    def _buffer_names(self) -> set[str]:
         return {name for name, _ in self.decoder.named_buffers()}
 
     def row_ranges(self, num_rows: int, micro_batch_size: int) -> list[tuple[int, int]]:

@@ -35,16 +35,17 @@ def merge_results(result: StepResult, mesh: Mesh) -> StepResult:
 
 
 def _merge_rows(ledger: Ledger, dp: Group) -> Ledger:
-    """Sums over processes with other rows, which have been at the same sites, in one call."""
+    """Sums over processes with other rows, which have been at the same sites."""
     parts: list[Mapping[Any, Tensor]] = [ledger.losses, *ledger.statistics.values()]
-    work = _work_numbers(ledger.work).to(_device(parts))
-    flats = [*(_flatten(part) for part in parts), work]
+    device = _device(parts)
+    flats = [_flatten(part).to(device) for part in parts]
     sums = dp.all_reduce(torch.cat(flats)).split([len(flat) for flat in flats])
+    work = dp.all_reduce(_work_numbers(ledger.work))  # the host's numbers stay there
     merged = Ledger()
     merged.losses = _unflatten(ledger.losses, sums[0])
-    for (site, part), flat in zip(ledger.statistics.items(), sums[1:-1], strict=True):
+    for (site, part), flat in zip(ledger.statistics.items(), sums[1:], strict=True):
         merged.statistics[site] = _unflatten(part, flat)
-    merged.work = _work_of(ledger.work, sums[-1].tolist())
+    merged.work = _work_of(ledger.work, work.tolist())
     for site, ids_BSK in ledger.routings.items():
         for rows in gather_objects(ids_BSK.cpu(), dp):
             merged.record_routing(site, rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,15 @@ class Mesh:
         self.traffic = Traffic()
         self.device_type = device_type
         sizes = self.axes.dense
+        self.timeout = timedelta(seconds=config.timeout)
         self.pp = self._group("pp", "pp")
+        self.pp_back = self.pp
+        """the same processes for messages to lower ranks: with NCCL a large message would wait for
+        one that crosses it"""
+        if self.pp.size > 1:
+            lists = partition(self.axes.dense, ("pp",))
+            back, _ = dist.new_subgroups_by_enumeration(lists, timeout=self.timeout)
+            self.pp_back = Group("pp", self.pp.ranks, back, self.traffic)
         self.dp = self._group("dp", "dp_replicate", "dp_shard")
         self.dp_replicate = self._group("dp_replicate", "dp_replicate")
         self.cp = self._group("cp", "cp")
@@ -98,7 +107,7 @@ class Mesh:
         collective call of all processes."""
         pipelines = partition(self.axes.dense, ("pp",))
         lists = [[ranks[stage] for stage in stages] for ranks in pipelines]
-        group, _ = dist.new_subgroups_by_enumeration(lists)
+        group, _ = dist.new_subgroups_by_enumeration(lists, timeout=self.timeout)
         own = next((ranks for ranks in lists if self.rank in ranks), None)
         return None if own is None else Group("tied", own, group, self.traffic)
 
@@ -115,7 +124,7 @@ class Mesh:
             return Group(name, own, None, self.traffic)
         if len(own) == self.world_size:
             return Group(name, own, dist.group.WORLD, self.traffic)
-        group, _ = dist.new_subgroups_by_enumeration(lists)
+        group, _ = dist.new_subgroups_by_enumeration(lists, timeout=self.timeout)
         return Group(name, own, group, self.traffic)
 
     def describe(self, processes_per_node: int) -> Iterator[str]:

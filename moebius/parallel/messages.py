@@ -7,7 +7,7 @@ activations, so a header says what follows. Tensors of one dtype travel together
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -30,13 +30,17 @@ DTYPES = (
 
 @dataclass
 class Channel:
-    """Messages along a pipeline; sends are asynchronous, messages of a pair arrive in order."""
+    """Messages along a pipeline; sends are asynchronous, messages in one direction between two
+    processes arrive in order."""
 
     group: Group
+    back: Group
+    """for messages to lower ranks"""
     device: torch.device
-    pending: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    pending: dict[Hashable, list[tuple[dist.Work, Tensor]]] = field(default_factory=dict)
+    """by message"""
 
-    def send_nest(self, value: Any, stage_rank: int) -> list[Tensor]:
+    def send_nest(self, value: Any, stage_rank: int, key: Hashable) -> list[Tensor]:
         """A nest to another process; returns its tensors that gradients will come back for."""
         tensors = tensors_of(value)
         number = {id(tensor): index for index, tensor in enumerate(tensors)}
@@ -46,19 +50,21 @@ class Channel:
         text = pickle.dumps((skeleton, kinds))
         content = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
         length = torch.tensor([len(text)], device=self.device)
-        self._send([length, content, *pack(tensors)], stage_rank)
+        self._send([length, content, *pack(tensors)], stage_rank, key)
         return [tensor for tensor in tensors if tensor.requires_grad]
 
-    def send(self, tensors: Sequence[Tensor], stage_rank: int) -> None:
+    def send(self, tensors: Sequence[Tensor], stage_rank: int, key: Hashable) -> None:
         """Tensors whose shapes the other process knows."""
-        self._send(pack(tensors), stage_rank)
+        self._send(pack(tensors), stage_rank, key)
 
-    def _send(self, buffers: Sequence[Tensor], stage_rank: int) -> None:
+    def _send(self, buffers: Sequence[Tensor], stage_rank: int, key: Hashable) -> None:
+        sent = self.pending.setdefault(key, [])
+        group = self.group if self.group.rank < stage_rank else self.back
         for buffer in (buffer for buffer in buffers if len(buffer)):
             self.group.traffic.add("pp", "send", buffer.numel() * buffer.element_size())
-            work = dist.isend(buffer, self.group.ranks[stage_rank], self.group.process_group)
+            work = dist.isend(buffer, group.ranks[stage_rank], group.process_group)
             assert work is not None
-            self.pending.append((work, buffer))
+            sent.append((work, buffer))
 
     def receive_nest(self, stage_rank: int) -> tuple[Any, list[Tensor]]:
         """A nest, and its tensors for which gradients must be sent back: leaves."""
@@ -87,14 +93,19 @@ class Channel:
                 self._receive(buffer, stage_rank)
         return unpack(buffers, like)
 
+    def settle(self, key: Hashable) -> None:
+        """Let go of a message that is known to have arrived, as its answer has."""
+        for work, _ in self.pending.pop(key, ()):
+            work.wait()
+
     def wait(self) -> None:
         """Until everything sent has left."""
-        for work, _ in self.pending:
-            work.wait()
-        self.pending.clear()
+        for key in tuple(self.pending):
+            self.settle(key)
 
     def _receive(self, buffer: Tensor, stage_rank: int) -> Tensor:
-        dist.recv(buffer, self.group.ranks[stage_rank], self.group.process_group)
+        group = self.group if stage_rank < self.group.rank else self.back
+        dist.recv(buffer, group.ranks[stage_rank], group.process_group)
         return buffer
 
 

@@ -86,7 +86,7 @@ class PipelineExecutor:
                     arrived, _ = self.channel.receive_nest(self.rank_of(number - 1))
                 flow = run_stage(self.local, stage, batch, arrived, step)
                 if not stage.is_last:
-                    self.channel.send_nest(flow, self.rank_of(number + 1))
+                    self.channel.send_nest(flow, self.rank_of(number + 1), number)
                     continue
                 hidden_TD = decoder.head_input(flow.x_BSD).flatten(0, 1)
                 labels_BS = self.local.spread.part(batch.labels_BS)
@@ -135,9 +135,12 @@ class _Step:
         elif action.kind is Kind.FORWARD:
             self._forward(self.executor.stages[action.stage], action.micro_batch)
         elif action.kind is Kind.SEND_F:
-            passing.outputs[key] = channel.send_nest(passing.flows.pop(key), self._after(action))
+            passing.outputs[key] = channel.send_nest(
+                passing.flows.pop(key), self._after(action), (Kind.SEND_F, key)
+            )
         elif action.kind is Kind.RECV_B:
             passing.gradients[key] = channel.receive(passing.outputs[key], self._after(action))
+            channel.settle((Kind.SEND_F, key))
         elif action.kind is Kind.BACKWARD:
             self._backward(key)
         elif action.kind is Kind.BACKWARD_INPUT:
@@ -149,7 +152,7 @@ class _Step:
                 torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
                 for leaf in passing.leaves.pop(key)
             ]
-            channel.send(gradients, self._before(action))
+            channel.send(gradients, self._before(action), (Kind.SEND_B, key))
 
     @property
     def _channel(self) -> Channel:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from moebius.model.decoder import Decoder
-from moebius.model.moe.experts import ExpertPool
 from moebius.model.parameters import ParameterSpec, named_specs
 from moebius.model.spread import ALONE, Spread
 from moebius.parallel.comm import Group
@@ -98,9 +97,3 @@ class _ReduceGroups:
     def of(self, parameter: nn.Parameter) -> Group:
         """The group."""
         return self.special.get(parameter, self.usual)
-
-
-def has_experts(decoder: Decoder) -> bool:
-    """Whether tokens are sent to experts anywhere."""
-    pools = (module for module in decoder.modules() if isinstance(module, ExpertPool))
-    return any(pool.groups for pool in pools)

@@ -22,7 +22,7 @@ from moebius.model.moe.losses import DeviceLoss
 from moebius.model.moe.pool import DISPATCHED
 from moebius.model.program import build_program
 from moebius.model.recursion.config import DoraConfig
-from moebius.parallel.config import ParallelConfig
+from moebius.parallel.config import DeepSpeedConfig, ParallelConfig, PipelineConfig
 from moebius.parallel.deepspeed import deepspeed_problems
 
 
@@ -71,6 +71,12 @@ def head_rules(asked: Asked) -> Iterator[Problem]:
         kv_heads = attention.num_kv_heads
         if kv_heads % tp and tp % kv_heads:
             yield Problem("parallel.tp", f"{tp} and {kv_heads} key-value heads do not divide")
+        elif attention.depth_attention is not None and tp > kv_heads:
+            yield Problem(
+                "parallel.tp",
+                f"{tp}, but depth attention averages over all query heads of each of {kv_heads} "
+                f"key-value heads; use at most {kv_heads}",
+            )
 
 
 def width_rules(asked: Asked) -> Iterator[Problem]:
@@ -173,6 +179,8 @@ def pipeline_rules(asked: Asked) -> Iterator[Problem]:
     """Stages hold whole units; some things cannot be in several stages."""
     parallel, model = asked.parallel, asked.model
     if parallel.pp == 1:
+        if parallel.pipeline != PipelineConfig():
+            yield Problem("parallel.pipeline", "pp is 1, so there are no stages; leave it out")
         return
     units = len(build_program(model.depth).units)
     stages = parallel.pp * parallel.pipeline.stages_per_rank
@@ -231,6 +239,8 @@ def teacher_rules(asked: Asked) -> Iterator[Problem]:
 
 def deepspeed_rules(asked: Asked) -> Iterator[Problem]:
     """What DeepSpeed's ZeRO cannot do under our layers."""
+    if asked.parallel.engine == "native" and asked.parallel.deepspeed != DeepSpeedConfig():
+        yield Problem("parallel.deepspeed", "engine is native; set it to deepspeed or leave it out")
     yield from deepspeed_problems(asked.parallel, asked.model)
 
 

@@ -12,7 +12,7 @@ from moebius.model.decoder import Decoder
 from moebius.model.moe.layer import MoE
 from moebius.model.moe.scorers import GRUScorer
 from moebius.model.program import Unit
-from moebius.parallel.stages import cut
+from moebius.parallel.cut import cut
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ def is_main() -> bool:
     return int(os.environ.get("RANK") or 0) == 0
 
 
+def is_first_here() -> bool:
+    """Whether this is the first process of its node."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or 0) == 0
+
+
 def check_alone(command: str) -> None:
     """Raise LayoutError where a launcher has started several processes for a command of one."""
     if world_size() > 1:
@@ -48,9 +53,15 @@ def joined(device: torch.device, timeout: float) -> Iterator[Store | None]:
     Every attempt of an elastic launcher gets a part of the store of its own: addresses of processes
     that have died would otherwise be tried again.
     """
-    if world_size() == 1:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]
+    if world_size() == 1 and missing:
         yield None
         return
+    if missing:
+        raise LayoutError(
+            f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} is not set",
+            "start the processes with torchrun",
+        )
     shared, rank, size = next(rendezvous("env://"))
     store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

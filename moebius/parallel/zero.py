@@ -119,7 +119,7 @@ class ZeroEngine:
         """See `Engine`."""
         for bucket in self.buckets:
             bucket.reduce()
-        norm = clip(self._gradients(), self.mesh.world, clip_norm)
+        norm = clip(self._gradients(), self.mesh, clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         for bucket in self.buckets:

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,7 +10,7 @@ from typing import Protocol
 from rich.console import Console
 
 from moebius.errors import ConfigError, LayoutError, MoebiusError
-from moebius.parallel.world import check_alone, is_main
+from moebius.parallel.world import check_alone, is_first_here, is_main
 from moebius.trainer.commands import convert, describe, evaluate, generate, schema, sweep, train
 
 
@@ -55,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_alone(arguments.command)
         return COMMANDS[arguments.command].run(arguments, Console())
     except MoebiusError as error:
-        # All processes of a launcher read the same config: one of them says what is wrong with it.
-        if is_main() or not isinstance(error, ConfigError | LayoutError):
-            print(f"error: {error}", file=sys.stderr)
+        # What is wrong with a config or a machine is said once for each node.
+        if is_first_here() or not isinstance(error, ConfigError | LayoutError):
+            where = f" (rank {os.environ['RANK']})" if not is_main() else ""
+            print(f"error{where}: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         where = f"'{error.filename}': " if error.filename else ""

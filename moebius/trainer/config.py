@@ -117,6 +117,8 @@ def identity(config: RunConfig) -> dict[str, Any]:
     }
     if not depends_on_micro_batch(config.model):  # which data parallelism cuts, too
         excluded["parallel"] = True
+    else:
+        excluded["parallel"] = {"timeout"}
     leaves = dict(_leaves(config.model_dump(mode="json", exclude=excluded), ()))
     # Where replayed decisions lie may change, too, and where a teacher does: its weights are known.
     moving = ("selector.path", "distillation.teacher", "distillation.step")

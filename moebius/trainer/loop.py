@@ -12,6 +12,7 @@ def train(run: Run) -> None:
     try:
         for callback in run.callbacks:
             callback.on_start(run)
+        run.stop_signal = agree(run.asked_to_stop or 0) or None
         while run.step < run.config.train.num_steps and run.stop_signal is None:
             for callback in run.callbacks:
                 callback.on_step_start(run)
@@ -19,7 +20,7 @@ def train(run: Run) -> None:
             run.step += 1
             for callback in run.callbacks:
                 callback.on_step_end(run, report)
-            run.stop_signal = agree(run.stop_signal or 0) or None
+            run.stop_signal = agree(run.asked_to_stop or 0) or None
         for callback in run.callbacks:
             callback.on_end(run)
     finally:

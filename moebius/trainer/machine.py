@@ -21,7 +21,13 @@ def select_device(name: Device) -> torch.device:
         raise LayoutError("device: cuda, but torch sees no CUDA device", "use auto or cpu")
     if not available or name == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+    local, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+    if local >= count:
+        raise LayoutError(
+            f"process {local} of this node, counted from 0, but it has {count} CUDA devices",
+            f"start {count} with --nproc-per-node",
+        )
+    return torch.device("cuda", local)
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float) -> float:

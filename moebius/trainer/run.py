@@ -26,12 +26,12 @@ from moebius.model.moe.replay import RoutingTable
 from moebius.model.objective import TeacherModel
 from moebius.model.parameters import initialize
 from moebius.parallel.layout import Layout
-from moebius.parallel.world import is_main
+from moebius.parallel.world import agree, is_main, world_size
 from moebius.trainer.callbacks.base import Callback
 from moebius.trainer.checkpoint.commit import CommitRecord
-from moebius.trainer.checkpoint.store import CheckpointStore
+from moebius.trainer.checkpoint.store import CheckpointStore, step_of
 from moebius.trainer.checkpoint.tensors import check_model, check_optimizer
-from moebius.trainer.config import RunConfig, identity
+from moebius.trainer.config import RunConfig, depends_on_micro_batch, identity
 from moebius.trainer.config_file import load_config
 from moebius.trainer.generation import check_causal
 from moebius.trainer.machine import AUTOCAST, select_device
@@ -55,7 +55,6 @@ class Run:
         self.device = select_device(config.train.device)
         self.decoder = Decoder(config.model)
         initialize(self.decoder, config.train.seed)
-        self.decoder.to(self.device)
         with torch.device("meta"):
             self.blueprint = Decoder(config.model)
         """the whole model without numbers: this process may hold a part of it"""
@@ -65,6 +64,7 @@ class Run:
             partial(build_optimizer, config=config.optim),
             config.data.sequence_length,
             AUTOCAST[config.train.precision],
+            self.device,
         )
         data, length = Path(config.data.dir), config.data.sequence_length
         self.corpus = manifest.fingerprint
@@ -80,7 +80,10 @@ class Run:
         self.replay = replay_tables(config.model, self.device)
         self.teacher, self.teacher_weights = load_teacher(config, manifest)
         self.step = 0
+        self.asked_to_stop: int | None = None
+        """signal that this process has got; it may come at any time"""
         self.stop_signal: int | None = None
+        """signal with which all processes have agreed to stop"""
 
     @property
     def step_context(self) -> StepContext:
@@ -117,6 +120,7 @@ class Run:
             program=[f"{visit.layer}@{visit.depth}" for visit in self.decoder.program.visits],
             callbacks={c.name: state for c in self.callbacks if (state := c.state_dict())},
             teacher=self.teacher_weights,
+            processes=world_size(),
             files={},
         )
         self.store.save(record, tensors)
@@ -124,6 +128,14 @@ class Run:
     def resume(self) -> None:
         """Go on from the newest checkpoint; a folder without one starts from the beginning."""
         folder = self.store.find()
+        newest = -1 if folder is None else step_of(folder)
+        lowest, highest = -agree(-newest), agree(newest)
+        if lowest != highest:
+            raise CheckpointError(
+                f"run_dir: processes see different checkpoints in '{self.folder}', the newest of "
+                f"step {lowest} and of step {highest}",
+                "run_dir has to be one folder for all nodes",
+            )
         if folder is None:
             return
         record, tensors = self.store.load(folder)
@@ -132,6 +144,12 @@ class Run:
         except ValueError as error:
             raise CheckpointError(f"checkpoint '{folder}': its config is damaged") from error
         check_same_run(self.config, found, folder)
+        if record.processes != world_size() and depends_on_micro_batch(self.config.model):
+            raise CheckpointError(
+                f"checkpoint '{folder}' was trained by {record.processes} processes, and a scope "
+                f"of the model is micro_batch; there are {world_size()}",
+                "start as many",
+            )
         if record.corpus != self.corpus:
             raise CheckpointError(
                 f"checkpoint '{folder}' was not trained on the corpus '{self.config.data.dir}'",

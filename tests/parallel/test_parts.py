@@ -102,19 +102,20 @@ class Nest:
 
 def send_around() -> list[Any]:
     mesh = Mesh(ParallelConfig(pp=2))
-    channel = Channel(mesh.pp, torch.device("cpu"))
+    channel = Channel(mesh.pp, mesh.pp_back, torch.device("cpu"))
     if mesh.pp.rank == 0:
         twice = torch.ones(2, 3, requires_grad=True) * 2
         ids = torch.tensor([[1, -1]])
         nest = Nest(twice, {"a": twice, 5: ids, "b": torch.zeros(0, 4)}, 7)
-        (back,) = channel.send_nest(nest, 1)
+        (back,) = channel.send_nest(nest, 1, "there")
         (gradient,) = channel.receive([back], 1)
-        channel.wait()
+        channel.settle("there")
+        assert not channel.pending
         return [gradient.tolist()]
     nest, leaves = channel.receive_nest(0)
     assert nest.first is nest.named["a"], "a tensor that is there twice travels once"
     (nest.first * 3).sum().backward()
-    channel.send([leaves[0].grad], 0)
+    channel.send([leaves[0].grad], 0, "back")
     channel.wait()
     shapes = [nest.named[5].tolist(), list(nest.named["b"].shape), nest.number, nest.nothing]
     return [*shapes, nest.named[5].requires_grad]

@@ -21,6 +21,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline": (4, {"pp": 2, "ep": 2}),
     "one": (1, {}),
 }
+QUICK = ("zero1 ep sp", "fsdp2")
 DEEPSPEED = {
     "deepspeed 2 sp": (4, {"engine": "deepspeed", "deepspeed": {"stage": 2}, "tp": 2}),
     "deepspeed 3": (2, {"engine": "deepspeed", "deepspeed": {"stage": 3}}),
@@ -67,7 +68,14 @@ def one(run_tree: dict[str, Any], tmp_path: Path) -> Path:
     return tmp_path / "one"
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in LAYOUTS
+        if name != "one"
+    ],
+)
 def test_training_takes_the_same_course(
     run_tree: dict[str, Any], tmp_path: Path, one: Path, layout: str
 ) -> None:
@@ -92,6 +100,7 @@ def test_training_under_deepspeed_takes_the_same_course(
     assert_same_course(folder, one)
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_other_layouts(
     run_tree: dict[str, Any], tmp_path: Path, one: Path
 ) -> None:

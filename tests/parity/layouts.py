@@ -87,6 +87,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mor_token": {"depth": depth(router=token({"kind": "bias", "rate": 0.01}))},
     "mor_hybrid": {"depth": depth(router=expert(), kv="hybrid")},
     "mor_shared": {"depth": depth(router=expert(), kv="shared_first")},
+    "deep": {"attention": ATTENTION | {"depth_attention": {}}},
     "exits": {
         "depth": depth(router=expert()),
         "exits": {"after": [2, 3], "coefficient": 0.5, "self_distillation": 0.5},

@@ -38,7 +38,7 @@ class StopAfter(Callback):
 
     def on_step_end(self, run: Run, report: StepReport) -> None:
         if run.step == self.step:
-            run.stop_signal = 2
+            run.asked_to_stop = 2
 
 
 def train_run(config: RunConfig, stop_after: int | None = None) -> Run:

@@ -25,7 +25,7 @@ class InterruptCallback(Callback):
         """Take over the signal."""
 
         def stop(number: int, frame: FrameType | None) -> None:
-            run.stop_signal = number
+            run.asked_to_stop = number
             signal.signal(signal.SIGINT, self.previous)
 
         self.previous = signal.signal(signal.SIGINT, stop)

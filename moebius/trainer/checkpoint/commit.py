@@ -34,6 +34,8 @@ class CommitRecord(ConfigNode):
     """the unrolled visits, as layer@depth"""
     callbacks: dict[str, dict[str, Any]]
     """state of each callback that has one"""
+    processes: int = 1
+    """how many trained it"""
     teacher: str | None = None
     """hash of the weights that the run distils from"""
     files: dict[str, FileEntry]

@@ -52,16 +52,16 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 def check_processes(config: RunConfig, count: int) -> None:
     """Raise LayoutError where so many processes cannot hold the layout or its pipeline."""
-    sizes = Axes.of(config.parallel, count).dense
+    sizes, rows = Axes.of(config.parallel, count).dense, config.train.batch_size
+    dp = sizes["dp_replicate"] * sizes["dp_shard"]
+    if dp > rows:
+        raise LayoutError(
+            f"train.batch_size: {rows}, but there are {dp} data-parallel processes",
+            "start fewer, or raise train.batch_size",
+        )
     if config.parallel.pp == 1:
         return
-    rows = config.train.batch_size
-    shares = row_ranges(
-        rows,
-        config.train.micro_batch_size or rows,
-        0,
-        sizes["dp_replicate"] * sizes["dp_shard"],
-    )
+    shares = row_ranges(rows, config.train.micro_batch_size or rows, 0, dp)
     pipeline = config.parallel.pipeline
     try:
         plan(pipeline.schedule, config.parallel.pp, pipeline.stages_per_rank, len(shares))

@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from moebius.parallel.stages import balance, cut
+from moebius.parallel.cut import balance, cut
 
 
 def all_cuts(num_units: int, num_stages: int) -> Iterator[tuple[range, ...]]:
