@@ -29,12 +29,12 @@ from moebius.model.parameters import Role
 from moebius.model.program import Program, Unit
 from moebius.parallel.engine import MakeOptimizer, clip, sum_tensors
 from moebius.parallel.mesh import Mesh, partition
-from moebius.parallel.messages import Slot, replaced, tensors_of
+from moebius.parallel.messages import put_together, taken_apart
 from moebius.parallel.place import Placed
 
 
 class Root(nn.Module):
-    """Whatever runs in it finds the parameters of no other unit gathered."""
+    """The unit of what belongs to no loop: whatever runs in it finds those parameters whole."""
 
     def __init__(self, decoder: nn.Module, loops: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -56,18 +56,6 @@ class Repeated(nn.Module):
     def forward(self, function: Callable[..., Any], nest: Any, *tensors: Tensor) -> Any:
         """`function` of a nest whose tensors are handed in where FSDP2 sees them."""
         return taken_apart(function(put_together(nest, tensors)))
-
-
-def taken_apart(nest: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    """A nest with numbers in place of its tensors, and these."""
-    tensors = tensors_of(nest)
-    number = {id(tensor): index for index, tensor in enumerate(tensors)}
-    return replaced(nest, Tensor, lambda t: Slot(number[id(t)])), tuple(tensors)
-
-
-def put_together(nest: Any, tensors: Sequence[Tensor]) -> Any:
-    """The inverse of `taken_apart`."""
-    return replaced(nest, Slot, lambda slot: tensors[slot.number])
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,7 @@ class Channel:
 
     def send_nest(self, value: Any, stage_rank: int, key: Hashable) -> list[Tensor]:
         """A nest to another process; returns its tensors that gradients will come back for."""
-        tensors = tensors_of(value)
-        number = {id(tensor): index for index, tensor in enumerate(tensors)}
-        skeleton = replaced(value, Tensor, lambda tensor: Slot(number[id(tensor)]))
+        skeleton, tensors = taken_apart(value)
         kinds = [(DTYPES.index(t.dtype), tuple(t.shape), t.requires_grad) for t in tensors]
         # Between processes of one run: nothing is ever unpickled that came from a file.
         text = pickle.dumps((skeleton, kinds))
@@ -78,7 +76,7 @@ class Channel:
         for tensor, (_, _, requires_grad) in zip(tensors, kinds, strict=True):
             if requires_grad:
                 leaves.append(tensor.requires_grad_())
-        return replaced(skeleton, Slot, lambda slot: tensors[slot.number]), leaves
+        return put_together(skeleton, tensors), leaves
 
     def receive(self, like: Sequence[Tensor], stage_rank: int) -> list[Tensor]:
         """Tensors of known shapes."""
@@ -154,3 +152,15 @@ def replaced(nest: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     if isinstance(nest, Mapping):
         return {name: replaced(part, kind, function) for name, part in nest.items()}
     return nest
+
+
+def taken_apart(nest: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """A nest with slots in place of its tensors, and these."""
+    tensors = tensors_of(nest)
+    number = {id(tensor): index for index, tensor in enumerate(tensors)}
+    return replaced(nest, Tensor, lambda t: Slot(number[id(t)])), tuple(tensors)
+
+
+def put_together(nest: Any, tensors: Sequence[Tensor]) -> Any:
+    """The inverse of `taken_apart`."""
+    return replaced(nest, Slot, lambda slot: tensors[slot.number])
