@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from moebius.parallel.layout import Layout
 
@@ -18,15 +18,16 @@ def explain(layout: Layout, processes_per_node: int) -> Iterator[str]:
         ends = ["embedding"] * stage.is_first, ["head"] * stage.is_last
         process = stage.number % layout.mesh.pp.size
         yield f"stage {stage.number} on pp {process}: {' '.join([*ends[0], *visits, *ends[1]])}"
-    held = sum(
-        (p.to_local() if isinstance(p, DTensor) else p).numel() for p in layout.decoder.parameters()
-    )
-    updated = sum(
-        (p.to_local() if isinstance(p, DTensor) else p).numel()
-        for group in layout.engine.optimizer.param_groups
-        for p in group["params"]
-    )
+    held = sum(elements_here(p) for p in layout.decoder.parameters())
+    groups = layout.engine.optimizer.param_groups
+    updated = sum(elements_here(p) for group in groups for p in group["params"])
     yield (
         f"rank {layout.mesh.rank} holds {held:,} of {layout.num_parameters:,} parameters "
         f"and updates {updated:,}"
     )
+
+
+def elements_here(parameter: Tensor) -> int:
+    """Elements of the part of a parameter, maybe a DTensor, that this process holds."""
+    to_local = getattr(parameter, "to_local", None)
+    return (parameter if to_local is None else to_local()).numel()

@@ -17,7 +17,6 @@ from moebius.parallel.comm import Group
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.deepspeed import DeepSpeedEngine
 from moebius.parallel.engine import Engine, MakeOptimizer, ReplicatedEngine, of_all_stages
-from moebius.parallel.fsdp import FSDPEngine, ShardedExecutor
 from moebius.parallel.ledger import merge_results
 from moebius.parallel.mesh import Mesh
 from moebius.parallel.messages import Channel
@@ -68,8 +67,12 @@ class Layout:
             local.differentiate, self.compute = engine.differentiate, engine.compute
             self.engine = engine
         elif config.data == "fsdp2" and self.mesh.data.size > 1:
-            self.executor = ShardedExecutor(local, self.mesh)
-            self.engine = FSDPEngine(self.executor, placed, self.mesh, make_optimizer)
+            # FSDP2 takes a second to import, which every command would wait for.
+            from moebius.parallel.fsdp import FSDPEngine, ShardedExecutor
+
+            sharded = ShardedExecutor(local, self.mesh)
+            self.executor = sharded
+            self.engine = FSDPEngine(sharded, placed, self.mesh, make_optimizer)
         elif config.data == "zero1" and self.mesh.world.size > 1:
             self.engine = ZeroEngine(placed, self.mesh, make_optimizer)
         else:
