@@ -46,6 +46,7 @@ class Layout:
         device = device or decoder.norm.weight.device
         self.config = config
         self.decoder = decoder
+        self.program = decoder.program
         self.mesh = Mesh(config, device.type)
         self.num_parameters = sum(p.numel() for p in decoder.parameters())
         """of the whole model"""

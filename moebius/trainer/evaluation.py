@@ -34,7 +34,7 @@ def evaluate(
     modes: dict[str, Mode] = {"": "threshold"}
     if isinstance(model.depth.router, ExpertChoiceConfig):
         modes["topk_"] = "topk"
-    last = model.depth.num_layers
+    last = len(executor.program.visits)
     config = model.exits
     early = tuple(n for n in config.after if n < last) if config else ()
     sums: dict[str, float] = {}

@@ -53,7 +53,7 @@ def test_the_first_step_is_cross_entropy_plus_divergence(
     untrained = Run(config, read_manifest(Path(config.data.dir)), [])
     batch = next(untrained.stream)
     labels_T = batch.labels_BS.flatten()
-    executors = (untrained.executor, restore(teacher, None, "cpu").executor)
+    executors = (untrained.layout.executor, restore(teacher, None, "cpu").executor)
     mine_TV, taught_TV = (
         executor.decoder.logits(executor.hidden(batch, StepContext(mode, Ledger()))).flatten(0, 1)
         for executor, mode in zip(executors, ("topk", "threshold"), strict=True)
