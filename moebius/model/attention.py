@@ -131,7 +131,7 @@ def attend(
 
 def _leave(old: RowKeys | None, k_BSGC: Tensor, v_BSGC: Tensor, tokens: TokenContext) -> RowKeys:
     """What a row has left once its present tokens have left their fresh keys."""
-    if tokens.row is None:  # full rows, all slots of which are tokens
+    if tokens.row is None:  # full rows as they come, all slots of which are tokens
         present = torch.ones_like(tokens.place_BS, dtype=torch.bool)
         return RowKeys(k_BSGC, v_BSGC, present)
     shape = (len(k_BSGC), tokens.row_length, *k_BSGC.shape[2:])
@@ -139,7 +139,7 @@ def _leave(old: RowKeys | None, k_BSGC: Tensor, v_BSGC: Tensor, tokens: TokenCon
         nothing = k_BSGC.new_zeros(shape)
         absent = torch.zeros(shape[:2], dtype=torch.bool, device=k_BSGC.device)
         old = RowKeys(nothing, nothing, absent)
-    index_BS = tokens.place_BS
+    index_BS = tokens.joined(tokens.place_BS, empty=-1)
     k, v = (
         replace_rows(kept.flatten(2), index_BS, fresh.flatten(2)).view(shape)
         for kept, fresh in ((old.k_BLGC, k_BSGC), (old.v_BLGC, v_BSGC))

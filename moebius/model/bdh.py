@@ -56,7 +56,8 @@ class BDHLayer(ParameterModule):
         if cache is None:
             spread, length = ctx.tokens.spread, ctx.tokens.num_slots
             before_SS = torch.ones(length, length, dtype=torch.bool, device=x_BSD.device).tril(-1)
-            mask_BQS = ctx.tokens.attention_mask_BQS & spread.part(before_SS.unsqueeze(0))
+            before_BQS = spread.part(before_SS.expand(len(x_BSD), -1, -1))
+            mask_BQS = ctx.tokens.attention_mask_BQS & ctx.tokens.joined(before_BQS, empty=False)
             return linear_attention(key_BSHN, spread.join(key_BSHN), spread.join(x_BSD), mask_BQS)
 
         def hear(part: DepthContext, key: Tensor, x: Tensor) -> Tensor:

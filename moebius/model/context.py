@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moebius.kernels.attention import document_mask, seen_mask
 from moebius.kernels.depth_select import take_rows
+from moebius.model.extent import Extent
 from moebius.model.ledger import Ledger
 from moebius.model.moe.replay import RoutingTable
 from moebius.model.program import Visit
@@ -68,10 +69,10 @@ class TokenContext:
         spread: Spread = ALONE,
         slots_B: Tensor | None = None,
     ) -> TokenContext:
-        """The context of full rows."""
+        """The context of full rows, in the order of the spread."""
         length = segment_ids_BS.shape[1]
         place = torch.arange(length, device=segment_ids_BS.device).expand_as(segment_ids_BS)
-        return cls(
+        tokens = cls(
             segment_ids_BS,
             cos_BSC,
             sin_BSC,
@@ -81,23 +82,27 @@ class TokenContext:
             spread=spread,
             slots_B=slots_B,
         )
+        return tokens if spread.order_BS is None else tokens.take(spread.order_BS)
 
     def take(self, index_BK: Tensor, expected: float | None = None) -> TokenContext:
-        """The context of the tokens at `index` of full rows (ascending, -1 for an empty slot)."""
+        """The context of the tokens at `index` of the slots, -1 for an empty slot; those of a
+        document in their order."""
         valid_BK = index_BK >= 0
         documents_BK = self.segment_ids_BS.gather(1, index_BK.clamp(min=0))
         # An empty slot belongs to the document before it, so that none seems to begin there.
-        documents_BK = documents_BK.masked_fill(~valid_BK, -1).cummax(dim=1).values
+        slot_K = torch.arange(index_BK.shape[1], device=index_BK.device)
+        last_BK = (slot_K * valid_BK).cummax(dim=1).values
+        documents_BK = documents_BK.masked_fill(~valid_BK, -1).gather(1, last_BK)
         return TokenContext(
             segment_ids_BS=documents_BK,
             cos_BSC=take_rows(self.cos_BSC, index_BK),
             sin_BSC=take_rows(self.sin_BSC, index_BK),
             sample_ids_B=self.sample_ids_B,
-            place_BS=index_BK,
+            place_BS=self.places(index_BK),
             row_length=self.row_length,
             valid_BS=valid_BK,
             expected=expected,
-            row=self,
+            row=self.row or self,
             spread=self.spread,
             slots_B=self.slots_B,
         )
@@ -107,11 +112,40 @@ class TokenContext:
         """Slots of a row, empty ones included."""
         return self.place_BS.shape[1]
 
+    @property
+    def num_row_tokens(self) -> int:
+        """Tokens of the full rows."""
+        return len(self.place_BS) * self.row_length
+
+    @property
+    def extent(self) -> Extent:
+        """How much a visit works on."""
+        slots = self.place_BS.numel()
+        pairs = self.spread.pairs(len(self.place_BS), self.num_slots)
+        return Extent(slots, pairs, slots * self.row_length)
+
+    def places(self, index_BK: Tensor) -> Tensor:
+        """Where in their full rows the tokens at `index` of the slots stand; -1 for empty slots."""
+        if self.valid_BS is None:
+            return index_BK
+        return self.place_BS.gather(1, index_BK.clamp(min=0)).masked_fill(index_BK < 0, -1)
+
+    def joined(self, whole_BS: Tensor, empty: int) -> Tensor:
+        """Of something that is known for whole rows, along its last dimension, the slots that
+        `Spread.join` brings."""
+        slots_BJ = self.spread.joined_slots(self.num_slots)
+        if slots_BJ is None:
+            return whole_BS
+        slots = slots_BJ.unsqueeze(1) if whole_BS.dim() == 3 else slots_BJ
+        index = slots.expand(*whole_BS.shape[:-1], -1)
+        return whole_BS.gather(-1, index.clamp(min=0)).masked_fill(index < 0, empty)
+
     @cached_property
     def attention_mask_BQS(self) -> Tensor:
-        """Whom each token of the part may look at, see `document_mask`; made once for all layers
-        of a pass."""
-        return self.spread.part(document_mask(self.segment_ids_BS, self.valid_BS))
+        """Whom of the joined tokens each token of the part may look at, see `document_mask`; made
+        once for all layers of a pass."""
+        mask_BQS = self.spread.part(document_mask(self.segment_ids_BS, self.valid_BS))
+        return self.joined(mask_BQS, empty=False)
 
     @cached_property
     def rope_BQC(self) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ from moebius.kernels.depth_select import take_rows
 from moebius.model.carry import Carry
 from moebius.model.context import DepthContext, StepContext, TokenContext
 from moebius.model.decoder import Decoder
-from moebius.model.extent import Extent
 from moebius.model.ledger import Ledger
 from moebius.model.objective import TeacherModel, drawn_exits, exit_losses
 from moebius.model.program import Program, Segment, Unit, Visit
@@ -153,8 +152,7 @@ class LocalExecutor:
         """What is differentiated, and what of it is reported; sums over labels."""
         exits = drawn_exits(self.decoder.config.exits, self.program, step)
         with self.autocast(batch.tokens_BS.device):
-            hidden = self.exit_hiddens(batch, step, exits)
-            labels_T = self.spread.part(batch.labels_BS).flatten()
+            hidden, labels_T = self._read_out(batch, step, exits)
             if teacher is None:
                 return exit_losses(self.decoder, labels_T, hidden)
             lesson = teacher.predict(batch)
@@ -164,19 +162,14 @@ class LocalExecutor:
     def token_losses(
         self, batch: TokenBatch, step: StepContext, exits: Sequence[int] = ()
     ) -> dict[int, Tensor]:
-        """Cross-entropy of each label of the part, `[B, S]`, at some exits, by default the last."""
+        """Cross-entropy of each label of the part, `[T]`, at some exits, by default the last."""
         exits = exits or (len(self.program.visits),)
         with self.autocast(batch.tokens_BS.device):
-            hidden = self.exit_hiddens(batch, step, exits)
-            decoder, labels_BS = self.decoder, self.spread.part(batch.labels_BS)
+            hidden, labels_T = self._read_out(batch, step, exits)
+            weight_VD, vocabulary = self.decoder.head_weight, self.decoder.vocabulary
             return {
-                number: token_cross_entropy(
-                    h.flatten(0, 1),
-                    decoder.head_weight,
-                    labels_BS.flatten(),
-                    vocabulary=decoder.vocabulary,
-                ).view_as(labels_BS)
-                for number, h in hidden.items()
+                number: token_cross_entropy(hidden_TD, weight_VD, labels_T, vocabulary=vocabulary)
+                for number, hidden_TD in hidden.items()
             }
 
     def loss_sums(
@@ -189,24 +182,31 @@ class LocalExecutor:
     def hidden(self, batch: TokenBatch, step: StepContext) -> Tensor:
         """The normalised final hidden states, `[B, S, D]`."""
         last = len(self.program.visits)
-        return self.exit_hiddens(batch, step, (last,))[last]
+        return self.exit_hiddens(batch, self.tokens(batch), step, (last,))[last]
 
     def exit_hiddens(
-        self, batch: TokenBatch, step: StepContext, exits: Sequence[int]
+        self, batch: TokenBatch, tokens: TokenContext, step: StepContext, exits: Sequence[int]
     ) -> dict[int, Tensor]:
         """The normalised hidden states of the part after so many visits, `[B, S, D]`; nothing runs
-        after the last of them."""
-        x_BSD = self.decoder.embed(self.spread.part(batch.tokens_BS))
-        streams = self.streams(x_BSD, self.tokens(batch), step, exits)
+        after the last of them. `tokens` is the context of the batch's rows."""
+        x_BSD = self.decoder.embed(tokens.spread.read(batch.tokens_BS))
+        streams = self.streams(x_BSD, tokens, step, exits)
         step.ledger.work.head_tokens += len(exits) * batch.tokens_BS.numel()
         return {number: self.decoder.head_input(stream) for number, stream in streams.items()}
 
+    def _read_out(
+        self, batch: TokenBatch, step: StepContext, exits: Sequence[int]
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """The hidden states of the part's tokens at some exits, `[T, D]`, and their labels."""
+        tokens = self.tokens(batch)
+        hidden, spread = self.exit_hiddens(batch, tokens, step, exits), tokens.spread
+        labels_T = spread.present(spread.read(batch.labels_BS))
+        return {number: spread.present(h_BSD) for number, h_BSD in hidden.items()}, labels_T
+
     def tokens(self, batch: TokenBatch) -> TokenContext:
         """The context of a batch's rows."""
-        rope = self.decoder.rope(batch.positions_BS)
-        return TokenContext.of_rows(
-            batch.segment_ids_BS, *rope, batch.sample_ids_B, spread=self.spread
-        )
+        rope, spread = self.decoder.rope(batch.positions_BS), self.spread.of(batch.segment_ids_BS)
+        return TokenContext.of_rows(batch.segment_ids_BS, *rope, batch.sample_ids_B, spread)
 
     def streams(
         self, x_BSD: Tensor, tokens: TokenContext, step: StepContext, exits: Sequence[int]
@@ -234,9 +234,8 @@ class LocalExecutor:
         visits: tuple[Visit, ...],
         step: StepContext,
     ) -> tuple[Tensor, Carry]:
-        extent = Extent.of(len(x_BSD), tokens.num_slots, tokens.row_length)
         for visit in visits:
-            step.ledger.work.add_visit(visit, extent)
+            step.ledger.work.add_visit(visit, tokens.extent)
             context = DepthContext(visit, tokens, step, self.decoder.shared)
             x_BSD, carry = self.decoder.layers[visit.layer](x_BSD, carry, context)
         return x_BSD, carry

@@ -69,7 +69,8 @@ def exit_losses(
     lesson: Teacher | None = None,
     coefficient: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What is differentiated, a sum over labels, and the sums to report by name.
+    """What is differentiated, a sum over labels, and the sums to report by name. `hidden` has the
+    labelled tokens' states at each exit, `[T, D]`.
 
     `sum_i a_i CE_i` with a = 1 at the last exit (Sorted LLaMA; early exits of Relaxed Recursive
     Transformers), and `a_i * KL(last || exit i)` with self-distillation, the last exit's
@@ -78,7 +79,7 @@ def exit_losses(
     config, exits = decoder.config.exits, sorted(hidden)
     weights = _exit_weights(config, len(exits))
     weight_VD, vocabulary = decoder.head_weight, decoder.vocabulary
-    *early, final = (hidden[number].flatten(0, 1) for number in exits)
+    *early, final = (hidden[number] for number in exits)
     of_lesson = None if lesson is None else [coefficient * weights[-1]]
     last = linear_cross_entropy(
         [final], weight_VD, labels_T, weights[-1:], of_lesson, lesson, vocabulary=vocabulary

@@ -28,6 +28,8 @@ EXCHANGES = 1000
 """how many of them at most; many fewer are found"""
 GAIN = 1e-9
 """relative gain below which two times count as equal, so that rounding decides nothing"""
+ENOUGH = 0.01
+"""how near to a time that no groups can beat the search ends"""
 
 Levels = tuple[int, ...]
 """the degrees of the groups of a micro-batch as powers of two, largest first"""
@@ -272,9 +274,14 @@ class _Problem:
         ]
         self.fixed = [cost.fixed(degree) for degree in degrees]
         self.room = [degree * cost.max_tokens_per_rank for degree in degrees]
+        self.enough = math.fsum(self.shares[0]) / num_ranks * (1 + ENOUGH)
+        """nearly the time of all compute, shared evenly, without communication"""
 
     def solve(self) -> tuple[Group, ...]:
         """The best groups that were found."""
+        apart = self._filled((0,) * self.num_ranks)
+        if not self._improved(apart).excess and apart.time <= self.enough:
+            return self._groups(apart)
         layouts = sorted(self._filled_layouts(), key=lambda layout: layout.time)
         # a group of all ranks always fits; exchanges may make room where the filling found none
         fitting = [layout for layout in layouts if not layout.excess][:IMPROVED]
@@ -332,6 +339,8 @@ class _Problem:
     def _improved(self, layout: _Layout) -> _Layout:
         """The layout after exchanges with its worst group, until none of them helps."""
         for _ in range(EXCHANGES):
+            if not layout.excess and layout.time <= self.enough:
+                break
             ranked = sorted(range(len(layout.levels)), key=layout.badness)
             worst = ranked.pop()
             if not any(self._exchanged(layout, worst, other) for other in ranked):

@@ -20,6 +20,18 @@ class PipelineConfig(ConfigNode):
     null: modelled FLOPs"""
 
 
+class ContextConfig(ConfigNode):
+    """How rows are cut where several processes share them."""
+
+    adaptive: bool = False
+    """place documents so that each is on as few processes as its length and their memory ask for,
+    which alone then exchange its keys and values; otherwise rows are cut where they are"""
+    room: float = Field(1.25, ge=1)
+    """tokens that a process may hold where documents are placed, times an even share"""
+    flops_per_byte: float = Field(2000.0, gt=0)
+    """FLOPs that a process computes in the time in which it sends a byte"""
+
+
 class DeepSpeedConfig(ConfigNode):
     """What DeepSpeed's ZeRO does under our layers."""
 
@@ -59,6 +71,8 @@ class ParallelConfig(ConfigNode):
     """expert tensor parallelism: the width of each expert is cut into so many parts"""
     pipeline: PipelineConfig = PipelineConfig()
     """with pp"""
+    context: ContextConfig = ContextConfig()
+    """with cp"""
     timeout: float = Field(600.0, gt=0)
     """seconds that a collective waits for the other processes"""
 

@@ -12,6 +12,7 @@ from moebius.model.context import StepContext
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor, StepResult, TokenBatch
 from moebius.model.objective import TeacherModel
+from moebius.parallel.arrangement import sequence_cost
 from moebius.parallel.batch import row_ranges
 from moebius.parallel.comm import Group
 from moebius.parallel.config import ParallelConfig
@@ -51,10 +52,16 @@ class Layout:
         self.num_parameters = sum(p.numel() for p in decoder.parameters())
         """of the whole model"""
         self.stages = stages = _stages(decoder, config, row_length)
+        cost = None
+        if config.context.adaptive:
+            cost = sequence_cost(
+                decoder, config.cp, row_length, config.context.flops_per_byte, autocast_dtype
+            )
         tied = _keep_stages(decoder, stages, self.mesh)
         placed = place(decoder, config, self.mesh, tied)
         decoder.to(device)  # only now: a device need not hold the whole model
-        local = LocalExecutor(decoder, autocast_dtype, spread=row_spread(config, self.mesh))
+        spread = row_spread(config, self.mesh, cost)
+        local = LocalExecutor(decoder, autocast_dtype, spread=spread)
         self.executor: LocalExecutor | PipelineExecutor = local
         if self.mesh.pp.size > 1:
             own = stages[self.mesh.pp.rank :: self.mesh.pp.size]

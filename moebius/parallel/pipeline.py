@@ -79,24 +79,23 @@ class PipelineExecutor:
         """See `LocalExecutor.token_losses`; where the last stage is, nothing elsewhere."""
         decoder, last = self.local.decoder, len(self.local.program.visits)
         losses: dict[int, Tensor] = {}
+        tokens = self.local.tokens(batch)
         with self.local.autocast(batch.tokens_BS.device):
             for number, stage in sorted(self.stages.items()):
                 arrived = None
                 if not stage.is_first:
                     arrived, _ = self.channel.receive_nest(self.rank_of(number - 1))
-                flow = run_stage(self.local, stage, batch, arrived, step)
+                flow = run_stage(self.local, stage, batch, tokens, arrived, step)
                 if not stage.is_last:
                     self.channel.send_nest(flow, self.rank_of(number + 1), number)
                     continue
-                hidden_TD = decoder.head_input(flow.x_BSD).flatten(0, 1)
-                labels_BS = self.local.spread.part(batch.labels_BS)
-                losses_T = token_cross_entropy(
-                    hidden_TD,
+                spread = tokens.spread
+                losses[last] = token_cross_entropy(
+                    spread.present(decoder.head_input(flow.x_BSD)),
                     decoder.head_weight,
-                    labels_BS.flatten(),
+                    spread.present(spread.read(batch.labels_BS)),
                     vocabulary=decoder.vocabulary,
                 )
-                losses[last] = losses_T.view_as(labels_BS)
         self.channel.wait()
         return losses
 
@@ -124,6 +123,7 @@ class _Step:
         self.num_labels = num_labels
         self.passing = Passing()
         self.tokens: dict[int, TokenContext] = {}
+        """of micro-batches that further stages of this process are to run"""
         self.losses: dict[str, Tensor] = {}
         self.ledgers: list[Ledger] = []
 
@@ -170,17 +170,24 @@ class _Step:
         self.ledgers.append(ledger)
         step = replace(self.step, ledger=ledger, micro_batch=number)
         with self.local.autocast(batch.tokens_BS.device):
-            flow = run_stage(self.local, stage, batch, self.passing.arrived.pop(key, None), step)
+            tokens = self.tokens.pop(number, None) or self.local.tokens(batch)
+            arrived = self.passing.arrived.pop(key, None)
+            flow = run_stage(self.local, stage, batch, tokens, arrived, step)
             self.passing.flows[key] = flow
+            if stage.number < max(self.executor.stages):
+                self.tokens[number] = tokens
             if stage.is_last:
                 del self.passing.flows[key]
-                self.passing.outputs[key] = [self._loss(batch, flow, step)]
+                self.passing.outputs[key] = [self._loss(batch, tokens, flow, step)]
 
-    def _loss(self, batch: TokenBatch, flow: Flow, step: StepContext) -> Tensor:
-        decoder = self.local.decoder
+    def _loss(
+        self, batch: TokenBatch, tokens: TokenContext, flow: Flow, step: StepContext
+    ) -> Tensor:
+        decoder, spread = self.local.decoder, tokens.spread
         step.ledger.work.head_tokens += batch.tokens_BS.numel()
-        hidden = {len(self.local.program.visits): decoder.head_input(flow.x_BSD)}
-        labels_T = self.local.spread.part(batch.labels_BS).flatten()
+        last = len(self.local.program.visits)
+        hidden = {last: spread.present(decoder.head_input(flow.x_BSD))}
+        labels_T = spread.present(spread.read(batch.labels_BS))
         lesson, coefficient = None, 0.0
         if self.teacher is not None:
             lesson, coefficient = self.teacher.predict(batch), self.teacher.coefficient
@@ -217,14 +224,14 @@ def run_stage(
     executor: LocalExecutor,
     stage: Stage,
     batch: TokenBatch,
+    tokens: TokenContext,
     flow: Flow | None,
     step: StepContext,
 ) -> Flow:
     """What a stage makes of what has arrived, or the first one of token ids."""
     if flow is None:
-        x_BSD = executor.decoder.embed(executor.spread.part(batch.tokens_BS))
+        x_BSD = executor.decoder.embed(tokens.spread.read(batch.tokens_BS))
         flow = Flow(x_BSD, Carry())
-    tokens = executor.tokens(batch)
     for unit in stage.units:
         flow = executor.run(unit, flow, tokens, step)
     return flow

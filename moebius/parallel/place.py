@@ -11,6 +11,8 @@ from torch import nn
 from moebius.model.decoder import Decoder
 from moebius.model.parameters import ParameterSpec, named_specs
 from moebius.model.spread import ALONE, Spread
+from moebius.parallel.adaptive import SequenceCost
+from moebius.parallel.arrangement import AdaptiveRows
 from moebius.parallel.comm import Group
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.expert import split_experts
@@ -31,11 +33,17 @@ class Placed:
     placement: Placement
 
 
-def row_spread(config: ParallelConfig, mesh: Mesh) -> Spread:
-    """How the rows of this process's batch are shared with others."""
+def row_spread(config: ParallelConfig, mesh: Mesh, cost: SequenceCost | None) -> Spread:
+    """How the rows of this process's batch are shared with others.
+
+    `cost` is that of documents on processes, where they are placed by it.
+    """
     if mesh.rows.size == 1:
         return ALONE
-    return RowSpread(mesh.cp, mesh.tp if config.sequence_parallel else None, mesh.rows)
+    shards = mesh.rows if config.sequence_parallel else mesh.cp
+    if cost is None:
+        return RowSpread(mesh.cp, shards)
+    return AdaptiveRows(mesh.cp, shards, cost, config.context.room)
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ from moebius.parallel.functions import gather_same, gather_shared
 
 
 class RowSpread(Spread):
-    """Rows cut into parts by `context`, and with sequence parallelism parts into own slots by
-    `sequence`; `shards` are both."""
+    """Rows cut into parts by `context`; `shards` also cut parts into own slots, with sequence
+    parallelism, or are the same."""
 
-    def __init__(self, context: Group, sequence: Group | None, shards: Group) -> None:
+    def __init__(self, context: Group, shards: Group) -> None:
         self.context = context
-        self.shards = context if sequence is None else shards
-        self.num_shards = self.shards.size
+        self.shards = shards
+        self.num_shards = shards.size
 
     def own(self, whole_BS: Tensor) -> Tensor:
         """See `Spread`."""
@@ -25,9 +25,9 @@ class RowSpread(Spread):
         """See `Spread`."""
         return _run(whole_BS, self.context)
 
-    def own_places(self, index_BK: Tensor, row_length: int) -> Tensor:
+    def own_places(self, index_BK: Tensor, num_slots: int) -> Tensor:
         """See `Spread`."""
-        first = self.shards.rank * (row_length // self.num_shards)
+        first = self.shards.rank * (num_slots // self.num_shards)
         own_BK = self.own(index_BK)
         return torch.where(own_BK < 0, own_BK, own_BK - first)
 

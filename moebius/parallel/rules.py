@@ -22,7 +22,7 @@ from moebius.model.moe.losses import DeviceLoss
 from moebius.model.moe.pool import DISPATCHED
 from moebius.model.program import build_program
 from moebius.model.recursion.config import DoraConfig
-from moebius.parallel.config import DeepSpeedConfig, ParallelConfig, PipelineConfig
+from moebius.parallel.config import ContextConfig, DeepSpeedConfig, ParallelConfig, PipelineConfig
 from moebius.parallel.deepspeed import deepspeed_problems
 
 
@@ -122,6 +122,28 @@ def row_rules(asked: Asked) -> Iterator[Problem]:
         yield Problem(
             "parallel.sequence_parallel",
             "depth attention keeps values of the tokens that attention sees; set it to false",
+        )
+
+
+def context_rules(asked: Asked) -> Iterator[Problem]:
+    """Documents are planned onto halves, quarters, ... of the processes; their order is lost."""
+    cp, context = asked.parallel.cp, asked.parallel.context
+    if cp == 1 and context != ContextConfig():
+        yield Problem("parallel.context", "cp is 1, so no row is cut; leave it out")
+    if not context.adaptive:
+        return
+    if cp & (cp - 1):
+        near = 1 << cp.bit_length()
+        yield Problem(
+            "parallel.cp", f"{cp}; context.adaptive needs a power of two, {near // 2} or {near}"
+        )
+    if any(
+        moe.router.capacity and moe.router.capacity.priority == "position" for moe in asked.moes
+    ):
+        yield Problem(
+            "parallel.context.adaptive",
+            "it places documents out of order, but capacity.priority: position counts from the "
+            "beginning of rows; use priority: score",
         )
 
 
@@ -249,6 +271,7 @@ LAYOUT_RULES: tuple[Callable[[Asked], Iterator[Problem]], ...] = (
     width_rules,
     adapter_rules,
     row_rules,
+    context_rules,
     expert_rules,
     alignment_rules,
     pipeline_rules,

@@ -118,8 +118,9 @@ def sweep(
         for number, (setting, runner) in enumerate(zip(chosen, executors, strict=True)):
             ledger = Ledger()
             context = replace(step, mode=setting.mode, ledger=ledger)
-            (token_losses_BS,) = runner.token_losses(on_device, context).values()
-            losses[number].append(token_losses_BS.double().mean(dim=1).cpu())
+            (losses_T,) = runner.token_losses(on_device, context).values()
+            losses_BS = losses_T.double().view(batch.labels_BS.shape)
+            losses[number].append(losses_BS.mean(dim=1).cpu())
             flops[number] += forward_flops(executor.decoder, ledger.work, executed_rows(ledger))
     return [
         Outcome(setting, torch.cat(found), total / num_tokens)

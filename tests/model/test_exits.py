@@ -96,10 +96,11 @@ def test_an_exit_is_the_same_whether_the_rest_runs() -> None:
         executor = model(None, depth)
         batch = random_batch(2, 12)
         for mode in ("topk", "threshold"):
-            context = StepContext(mode, Ledger())
+            context, tokens = StepContext(mode, Ledger()), executor.tokens(batch)
             for number in (3, 5):
-                alone = executor.exit_hiddens(batch, context, (number,))
-                among = executor.exit_hiddens(batch, replace(context, ledger=Ledger()), (number, 8))
+                alone = executor.exit_hiddens(batch, tokens, context, (number,))
+                fresh = replace(context, ledger=Ledger())
+                among = executor.exit_hiddens(batch, tokens, fresh, (number, 8))
                 assert torch.equal(alone[number], among[number])
 
 

@@ -67,6 +67,21 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"tp": 2},
         "parallel.tp: dora normalises rows of weights that tp cuts",
     ),
+    "context alone": (
+        {},
+        {"context": {"room": 1.5}},
+        "parallel.context: cp is 1, so no row is cut; leave it out",
+    ),
+    "adaptive thirds": (
+        {},
+        {"cp": 3, "context": {"adaptive": True}},
+        "parallel.cp: 3; context.adaptive needs a power of two, 2 or 4",
+    ),
+    "adaptive order": (
+        {"ffn": routed(router={"capacity": {"factor": 1.0, "priority": "position"}})},
+        {"cp": 2, "context": {"adaptive": True}},
+        "parallel.context.adaptive: it places documents out of order, but capacity.priority",
+    ),
     "rows": ({}, {"cp": 3}, "data.sequence_length: 32 is not cut into 3 parts"),
     "recurrent experts": (
         {

@@ -130,6 +130,8 @@ class Case:
         return ParallelConfig.model_validate(self.options)
 
 
+ADAPTIVE = {"adaptive": True, "flops_per_byte": 50.0}
+"""at which these small models have groups of all sizes"""
 LAYOUTS: dict[str, Case] = {
     "ddp": Case(2, {"data": "ddp"}, micro_batch=2),
     "zero1": Case(4, {"data": "zero1"}),
@@ -160,6 +162,11 @@ LAYOUTS: dict[str, Case] = {
     "ddp-sp": Case(4, {"data": "ddp", "tp": 2}),
     "zero1-tp": Case(4, {"data": "zero1", "tp": 2, "sequence_parallel": False}, micro_batch=1),
     "zero1-sp": Case(4, {"data": "zero1", "tp": 2}, recompute="selective"),
+    "adaptive": Case(2, {"cp": 2, "context": ADAPTIVE}),
+    "adaptive4": Case(4, {"cp": 4, "context": ADAPTIVE}, micro_batch=2, recompute="full"),
+    "adaptive-sp": Case(4, {"cp": 2, "tp": 2, "context": ADAPTIVE}, micro_batch=1),
+    "adaptive-ep": Case(4, {"data": "fsdp2", "cp": 2, "ep": 2, "context": ADAPTIVE}),
+    "adaptive-pp": Case(4, {"pp": 2, "cp": 2, "context": ADAPTIVE}, micro_batch=2),
     "zero1-cp": Case(4, {"data": "zero1", "cp": 2}),
     "zero1-cp-sp": Case(8, {"data": "zero1", "cp": 2, "tp": 2}),
     "fsdp2-sp": Case(4, {"data": "fsdp2", "tp": 2}, micro_batch=1),

@@ -60,7 +60,7 @@ class ExpertChoice(DepthRouting):
     ) -> tuple[LoopState, Selection]:
         """Score the candidates and select; book statistics and losses."""
         number, step, spread = ctx.visit.depth - 1, ctx.step, ctx.tokens.spread
-        candidates_BS, length = state.active_BK, ctx.tokens.row_length
+        candidates_BS, length = state.active_BK, ctx.tokens.num_slots
         present_BS = candidates_BS >= 0
         x_BSD = state.stream_BSD
         rows = take_rows(x_BSD, spread.own_places(candidates_BS, length))
@@ -86,13 +86,13 @@ class ExpertChoice(DepthRouting):
             selected=keep_BS.sum(),
             agreement=((causal_BS == keep_BS) & present_BS).sum(),
             gates=(gate_BK * (index_BK >= 0)).sum(),
-            places=scatter_counts(index_BK, length),
+            places=scatter_counts(ctx.tokens.places(index_BK), ctx.tokens.row_length),
         )
         state = replace(state, stream_BSD=x_BSD, inner_BSD=x_BSD, active_BK=index_BK)
         own_BK = spread.own_places(index_BK, length)
         expected = None
         if self.config.scope == "document":
-            expected = share * ctx.tokens.place_BS.numel()
+            expected = share * ctx.tokens.num_row_tokens
         return state, Selection(index_BK, own_BK, spread.own(gate_BK), expected=expected)
 
     def absorb(
@@ -124,7 +124,8 @@ class ExpertChoice(DepthRouting):
             present_BS = candidates_BS >= 0
             logits_BS = logits_BS.masked_fill(~present_BS, float("-inf"))
             return top_k_mask(logits_BS, k) & present_BS, k
-        keep_BS = top_share_mask(logits_BS, candidates_BS, tokens.segment_ids_BS, share)
+        documents_BL = (tokens.row or tokens).segment_ids_BS
+        keep_BS = top_share_mask(logits_BS, tokens.places(candidates_BS), documents_BL, share)
         return keep_BS, longest(keep_BS)
 
     def _attach_losses(
@@ -141,10 +142,9 @@ class ExpertChoice(DepthRouting):
         is then over all tokens, those that have left counting 0: no cut changes the sum.
         """
         config, ledger = self.config, ctx.step.ledger
-        counted_BS = present_BS
+        count: Tensor | int = present_BS.sum().clamp(min=1)
         if config.scope == "document":
-            counted_BS = torch.ones_like(ctx.tokens.place_BS, dtype=torch.bool)
-        count = counted_BS.sum().clamp(min=1)
+            count = max(1, ctx.tokens.num_row_tokens)
 
         def mean(values_BS: Tensor) -> Tensor:
             return (values_BS * present_BS).sum() / count

@@ -25,7 +25,7 @@ class Selection:
     """The tokens that enter a pass and the weight of its result."""
 
     index_BK: Tensor
-    """of whole rows: positions, ascending within a shard, int64, -1 for an empty slot"""
+    """of whole rows: slots, ascending within a shard, int64, -1 for an empty slot"""
     own_BK: Tensor
     """of the own slots: positions among the own tokens"""
     gate_BK: Tensor
@@ -98,7 +98,8 @@ class DepthRouting(ParameterModule):
 def everyone(tokens: TokenContext) -> Tensor:
     """The index of all tokens of full rows."""
     place_BS = tokens.place_BS
-    return torch.arange(tokens.num_slots, device=place_BS.device).expand_as(place_BS)
+    index_BS = torch.arange(tokens.num_slots, device=place_BS.device).expand_as(place_BS)
+    return index_BS if tokens.valid_BS is None else index_BS.masked_fill(~tokens.valid_BS, -1)
 
 
 def longest(keep_BS: Tensor) -> int:

@@ -42,8 +42,10 @@ class TokenChoice(DepthRouting):
             weight_T = routed.affinity_TN[:, -1]
         tokens = ctx.tokens
         depth_BS = depth_T.clamp(max=num_passes).view(tokens.place_BS.shape)
+        index_BS = everyone(tokens)
+        depth_BS = depth_BS.masked_fill(index_BS < 0, 0)
         gate_BS = tokens.spread.own(self.config.alpha * weight_T.view(tokens.place_BS.shape))
-        return LoopState(x_BSD, x_BSD, everyone(tokens), depth_BS, gate_BS)
+        return LoopState(x_BSD, x_BSD, index_BS, depth_BS, gate_BS)
 
     def admit(
         self, state: LoopState, share: float, ctx: DepthContext
@@ -61,12 +63,12 @@ class TokenChoice(DepthRouting):
             self.sites[depth - 1],
             candidates=(state.active_BK >= 0).sum(),
             selected=(index_BK >= 0).sum(),
-            places=scatter_counts(index_BK, tokens.row_length),
+            places=scatter_counts(tokens.places(index_BK), tokens.row_length),
         )
-        own_BK = spread.own_places(index_BK, tokens.row_length)
+        own_BK = spread.own_places(index_BK, tokens.num_slots)
         gate_BK = state.gate_BS.gather(1, own_BK.clamp(min=0))
         last_BK = spread.own(state.depth_BS.gather(1, index_BK.clamp(min=0)) == depth)
-        expected = share * tokens.place_BS.numel()
+        expected = share * tokens.num_row_tokens
         chosen = Selection(index_BK, own_BK, gate_BK, last_BK, expected)
         return replace(state, active_BK=index_BK), chosen
 

@@ -20,7 +20,9 @@ def assert_step_equals(
     hidden = naive.hidden(batch)
     exits = executor.program.exits
     with torch.no_grad():
-        got = executor.exit_hiddens(batch, StepContext("topk", Ledger(), step, seed), exits)
+        got = executor.exit_hiddens(
+            batch, executor.tokens(batch), StepContext("topk", Ledger(), step, seed), exits
+        )
     for number in exits:
         expected = torch.stack([torch.stack(row) for row in hidden[number]])
         torch.testing.assert_close(got[number], expected.detach(), rtol=0, atol=1e-9)

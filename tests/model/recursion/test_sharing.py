@@ -150,7 +150,8 @@ def test_a_shorter_program_gives_what_an_exit_reads(name: str, mode: Mode) -> No
     batch = documents(rows=2, length=10)
     exits = executor.program.exits
     with torch.no_grad():
-        together = executor.exit_hiddens(batch, StepContext(mode, Ledger(), 20), exits)
+        tokens, step = executor.tokens(batch), StepContext(mode, Ledger(), 20)
+        together = executor.exit_hiddens(batch, tokens, step, exits)
         for number in exits:
             shorter = LocalExecutor(executor.decoder, program=executor.program.until(number))
             alone = shorter.hidden(batch, StepContext(mode, Ledger(), 20))

@@ -108,13 +108,13 @@ def test_an_entry_of_an_adapter_belongs_to_one_pass(name: str, number: int) -> N
     executor = system(depth=depth(2, 2, adapter=fields), ffn=DENSE)
     batch, step = documents(2, 10), StepContext("topk", Ledger())
     exits = executor.program.exits
-    before = executor.exit_hiddens(batch, step, exits)
+    before = executor.exit_hiddens(batch, executor.tokens(batch), step, exits)
     with torch.no_grad():
         for parameter_name, parameter in executor.decoder.named_parameters():
             if parameter_name.startswith("layers.2.") and parameter_name.endswith(PER_DEPTH):
                 assert len(parameter) == 2
                 parameter[number - 1] += 0.5
-    after = executor.exit_hiddens(batch, step, exits)
+    after = executor.exit_hiddens(batch, executor.tokens(batch), step, exits)
     first = {1: 3, 2: 5}[number]  # 0, 1 2, 1 2, 3: visits until layer 2 is done for that time
     for count in exits:
         assert torch.equal(before[count], after[count]) == (count < first), count
