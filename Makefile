@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: quickstart test test-slow deepspeed lint clean
 
@@ -9,10 +11,10 @@ quickstart: $(VENV)/.installed  ## train a small model on the standard library a
 	$(BIN)/moebius generate runs/quickstart --prompt "def "
 
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/.installed-dev  ## quickstart in a fresh clone, every preset, every layout, killed workers
-	$(BIN)/pytest -m slow -s
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -29,15 +29,20 @@ def same_state(a: Run, b: Run) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_stopped_at_any_step(run_tree: dict[str, Any], tmp_path: Path, precision: str) -> None:
-    """Stops after each step in turn; losses, metrics and final weights equal the unbroken run's."""
+@pytest.mark.parametrize(("precision", "stops"), [("fp32", (1, 2, 3, 4, 5)), ("bf16", (2,))])
+def test_stopped_at_any_step(
+    run_tree: dict[str, Any], tmp_path: Path, precision: str, stops: tuple[int, ...]
+) -> None:
+    """Stops after each step in turn; losses, metrics and final weights equal the unbroken run's.
+
+    bf16 is emulated, and slow, on many CPUs.
+    """
     changes = {"train": run_tree["train"] | {"precision": precision}}
     whole = train_run(config_in(run_tree, tmp_path / "whole", **changes))
     assert whole.step == 6
     expected = logged(whole.folder)
     assert [line["step"] for line in expected if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
-    for step in range(1, 6):
+    for step in stops:
         config = config_in(run_tree, tmp_path / f"stop{step}", **changes)
         stopped = train_run(config, stop_after=step)
         assert stopped.step == step
