@@ -109,7 +109,7 @@ class SequenceCost:
 
 
 @dataclass(frozen=True)
-class Group:
+class SequenceGroup:
     """Neighbouring ranks that share sequences.
 
     The degree is a power of two and divides `first_rank`, so each rank is in one of log2(P) + 1
@@ -123,10 +123,10 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SequencePlan:
     """What every rank does in a step. All ranks take part in each micro-batch."""
 
-    micro_batches: tuple[tuple[Group, ...], ...]
+    micro_batches: tuple[tuple[SequenceGroup, ...], ...]
     """groups in the order of their ranks; those of a micro-batch cover all ranks"""
 
     def time(self, lengths: Sequence[int], cost: SequenceCost) -> float:
@@ -142,7 +142,7 @@ def plan(
     num_ranks: int,
     cost: SequenceCost,
     num_micro_batches: int | None = None,
-) -> Plan:
+) -> SequencePlan:
     """Assign sequences to micro-batches, and within each to groups of ranks of different degrees.
 
     Sequences are cut into micro-batches in descending order of length, so that alike ones meet, and
@@ -167,7 +167,7 @@ def plan(
         )
 
     @cache
-    def solve(start: int, stop: int) -> tuple[Group, ...]:
+    def solve(start: int, stop: int) -> tuple[SequenceGroup, ...]:
         return _Problem(order[start:stop], lengths, num_ranks, cost).solve()
 
     most = min(fewest + EXTRA_COUNTS, len(order))
@@ -175,7 +175,7 @@ def plan(
     for count in range(fewest, most + 1) if num_micro_batches is None else (num_micro_batches,):
         cuts = _even_cuts(ends, min(count, len(order)))
         cuts += cuts[-1:] * (count + 1 - len(cuts))
-        plans.append(Plan(tuple(solve(start, stop) for start, stop in pairwise(cuts))))
+        plans.append(SequencePlan(tuple(solve(start, stop) for start, stop in pairwise(cuts))))
     times = [made.time(lengths, cost) for made in plans]
     # of equal times the fewest micro-batches
     return next(
@@ -277,7 +277,7 @@ class _Problem:
         self.enough = math.fsum(self.shares[0]) / num_ranks * (1 + ENOUGH)
         """nearly the time of all compute, shared evenly, without communication"""
 
-    def solve(self) -> tuple[Group, ...]:
+    def solve(self) -> tuple[SequenceGroup, ...]:
         """The best groups that were found."""
         apart = self._filled((0,) * self.num_ranks)
         if not self._improved(apart).excess and apart.time <= self.enough:
@@ -390,10 +390,10 @@ class _Problem:
             work = math.fsum(self.shares[level][item] for item in items)
             layout.times[group] = work + self.fixed[level] if items else 0.0
 
-    def _groups(self, layout: _Layout) -> tuple[Group, ...]:
+    def _groups(self, layout: _Layout) -> tuple[SequenceGroup, ...]:
         """Groups in the order of their ranks; as degrees fall, each is aligned to its own."""
         ranks = accumulate((1 << level for level in layout.levels), initial=0)
         return tuple(
-            Group(rank, 1 << level, tuple(sorted(self.indices[item] for item in items)))
+            SequenceGroup(rank, 1 << level, tuple(sorted(self.indices[item] for item in items)))
             for rank, level, items in zip(ranks, layout.levels, layout.members, strict=False)
         )

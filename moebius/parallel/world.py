@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -64,6 +65,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[Store | None]:
         )
     shared, rank, size = next(rendezvous("env://"))
     store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+    check_alike("device", {"train.device": device.type}, store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -87,6 +89,26 @@ def main_first(action: Callable[[], T], store: Store | None) -> T:
     if store is not None and is_main():
         store.set("prepared", "1")
     return result
+
+
+def check_alike(kind: str, facts: Mapping[str, Any], store: Store | None) -> None:
+    """Raise LayoutError, naming the fact, on a process where one differs from the main process's.
+
+    Nodes may have other files than the first; what comes after would wait for ever or go wrong.
+    Facts of each kind are compared once.
+    """
+    if store is None:
+        return
+    if is_main():
+        store.set(kind, json.dumps(facts))
+        return
+    expected = json.loads(store.get(kind))
+    for name in sorted(facts.keys() | expected.keys()):
+        if facts.get(name) != expected.get(name):
+            raise LayoutError(
+                f"{name}: {facts.get(name)}, but {expected.get(name)} on the main process",
+                "give all nodes the same run file, corpus and kind of device",
+            )
 
 
 def agree(value: int) -> int:

@@ -125,6 +125,13 @@ def identity(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in leaves.items() if not name.endswith(moving)}
 
 
+def settings(config: RunConfig) -> dict[str, Any]:
+    """Dotted path -> value of every setting that all processes of a run have alike. Where data lies
+    may differ from node to node."""
+    placed = {"data": {"dir", "source", "tokenizer"}}
+    return dict(_leaves(config.model_dump(mode="json", exclude=placed), ()))
+
+
 def depends_on_micro_batch(model: ModelConfig) -> bool:
     """Whether some result depends on how a batch is cut."""
     routers = [*model.routers.values()]

@@ -11,7 +11,7 @@ from itertools import combinations, pairwise, product
 
 import pytest
 
-from moebius.parallel.adaptive import Plan, SequenceCost, plan, routed_lengths
+from moebius.parallel.adaptive import SequenceCost, SequencePlan, plan, routed_lengths
 
 COST = SequenceCost(
     a2=0.01,
@@ -70,7 +70,9 @@ def random_case(key: str, num_ranks: int, number: int) -> tuple[list[int], Seque
     )
 
 
-def check_plan(made: Plan, lengths: Sequence[int], num_ranks: int, cost: SequenceCost) -> None:
+def check_plan(
+    made: SequencePlan, lengths: Sequence[int], num_ranks: int, cost: SequenceCost
+) -> None:
     """Every sequence once, every rank once in each micro-batch, aligned groups, memory."""
     groups = [group for groups in made.micro_batches for group in groups]
     assert sorted(i for group in groups for i in group.sequences) == list(range(len(lengths)))
@@ -84,7 +86,7 @@ def check_plan(made: Plan, lengths: Sequence[int], num_ranks: int, cost: Sequenc
         assert tokens <= group.degree * cost.max_tokens_per_rank
 
 
-def degrees_of(made: Plan) -> list[tuple[int, ...]]:
+def degrees_of(made: SequencePlan) -> list[tuple[int, ...]]:
     return [tuple(group.degree for group in groups) for groups in made.micro_batches]
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -186,6 +187,40 @@ def test_processes_that_do_not_fill_the_axes_are_refused(config_path: Path) -> N
     assert "parallel: ep * etp = 2 does not divide the 3 processes of a" in error_line(result)
     result = moebius("train", config_path, "parallel.ep=2", env=several | {"RANK": "1"})
     assert (result.returncode, result.stderr) == (5, "")
+
+
+def test_nodes_with_other_run_files_or_corpora_are_refused(
+    config_path: Path, own_data: Path
+) -> None:
+    """The main process and one whose options or corpus are not the same: that one says which."""
+    manifest = own_data / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    tree["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(tree))
+    for change, said in (
+        ("optim.lr=0.5", "optim.lr: 0.5, but 0.01 on the main process"),
+        (f"data.dir={own_data}", "on the main process"),
+    ):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        world = os.environ | {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, "-m", "moebius.trainer", "train", str(config_path)]
+        main = subprocess.Popen(command, env=world | {"RANK": "0"}, stderr=subprocess.DEVNULL)
+        try:
+            beside = world | {"RANK": "1", "LOCAL_RANK": "0"}
+            result = moebius("train", config_path, change, env=beside)
+        finally:
+            main.kill()
+            main.wait()
+        assert result.returncode == 5
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("error (rank 1): ")
+        assert said in line
 
 
 # Bad input ------------------------------------------------------------------------------------

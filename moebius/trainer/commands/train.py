@@ -16,7 +16,7 @@ from moebius.parallel.batch import row_ranges
 from moebius.parallel.explain import explain
 from moebius.parallel.mesh import Axes
 from moebius.parallel.schedule import plan
-from moebius.parallel.world import is_main, joined, main_first, world_size
+from moebius.parallel.world import check_alike, is_main, joined, main_first, world_size
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.console import ConsoleCallback
 from moebius.trainer.callbacks.evaluation import EvaluationCallback
@@ -24,7 +24,7 @@ from moebius.trainer.callbacks.interrupt import InterruptCallback
 from moebius.trainer.callbacks.metrics import MetricsCallback
 from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
-from moebius.trainer.config import RunConfig
+from moebius.trainer.config import RunConfig, settings
 from moebius.trainer.config_file import load_config
 from moebius.trainer.loop import train
 from moebius.trainer.machine import select_device
@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with joined(device, config.parallel.timeout) as store:
+        check_alike("settings", settings(config), store)
         return _train(config, arguments, console, store)
 
 
@@ -80,6 +81,7 @@ def _train(
     check_folder(config)
     say = partial(_print, console)
     manifest = main_first(lambda: prepare(config.data, config.model.vocab_size, say), store)
+    check_alike("corpus", {"data": manifest.fingerprint}, store)
     callbacks = [InterruptCallback(), MetricsCallback(), EvaluationCallback(), CheckpointCallback()]
     if is_main():
         callbacks += [ConsoleCallback(console), JsonlSink(), TensorBoardSink(), RoutingRecorder()]
