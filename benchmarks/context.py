@@ -60,8 +60,8 @@ def compared(arranged: list[Arrangement], num_ranks: int) -> dict[str, float]:
     for row in arranged:
         fullest = max(map(len, row.places))
         slots += fullest * num_ranks
-        sent += sum(fullest * (len(group) - 1) for group in row.group)
-        pairs += sum(fullest * fullest * len(group) for group in row.group)
+        sent += sum(fullest * (len(group) - 1) for group in row.groups)
+        pairs += sum(fullest * fullest * len(group) for group in row.groups)
     total = len(arranged) * LENGTH
     return {
         "bytes": sent / (total * (num_ranks - 1)),

@@ -73,7 +73,7 @@ class Arrangement:
 
     places: tuple[tuple[int, ...], ...]
     """of the tokens of each process, ascending within documents"""
-    group: tuple[range, ...]
+    groups: tuple[range, ...]
     """of each process: those that have parts of the same documents"""
 
 
@@ -128,10 +128,10 @@ class ArrangedRows(RowSpread):
     ) -> None:
         super().__init__(context, shards)
         self.device = device
-        self.groups_BM = [row.group[context.rank] for row in rows]
+        self.groups_BM = [row.groups[context.rank] for row in rows]
         """processes with parts of the documents of each row's own part"""
         ranks = range(context.size)
-        self.largest_R = [max((len(row.group[rank]) for row in rows), default=1) for rank in ranks]
+        self.largest_R = [max((len(row.groups[rank]) for row in rows), default=1) for rank in ranks]
         """M of each process"""
         self.exchanged_R = [
             [number for number, group in enumerate(self.groups_BM) if rank in group]

@@ -38,10 +38,10 @@ def test_every_token_has_one_place_beside_its_document(num_ranks: int, seed: int
         has = [
             r for r, places in enumerate(found.places) if any(document[p] == number for p in places)
         ]
-        assert set(has) <= set(found.group[has[0]])
+        assert set(has) <= set(found.groups[has[0]])
         in_order = [p for r in has for p in found.places[r] if document[p] == number]
         assert in_order == sorted(in_order)
-    for rank, group in enumerate(found.group):
+    for rank, group in enumerate(found.groups):
         assert rank in group
         assert group.start % len(group) == 0
         held = [len(found.places[member]) for member in group]
@@ -49,11 +49,11 @@ def test_every_token_has_one_place_beside_its_document(num_ranks: int, seed: int
 
 
 def test_short_documents_stay_apart_and_a_long_one_is_shared() -> None:
-    assert [len(g) for g in arrange([6] * 8, 4, cost(48, 4)).group] == [1, 1, 1, 1]
+    assert [len(g) for g in arrange([6] * 8, 4, cost(48, 4)).groups] == [1, 1, 1, 1]
     whole = arrange([48], 4, cost(48, 4))
     assert [len(places) for places in whole.places] == [12] * 4
     linear = cost(48, 4, a2=0.0)
-    assert [len(g) for g in arrange([24, 12, 12], 4, linear).group] == [2, 2, 1, 1]
+    assert [len(g) for g in arrange([24, 12, 12], 4, linear).groups] == [2, 2, 1, 1]
 
 
 def test_more_documents_than_a_process_needs_may_leave_one_without() -> None:
@@ -86,15 +86,16 @@ def test_cost_of_a_document_is_the_models() -> None:
 
 
 ROWS = {
-    "apart": [[6] * 4, [6] * 4],
-    "halves": [[12, 6, 6], [6] * 4],
-    "whole": [[24], [6] * 4],
+    "apart": ([[6] * 4, [6] * 4], [[1] * 4, [1] * 4]),
+    "halves": ([[12, 6, 6], [6] * 4], [[2, 2, 1, 1], [1] * 4]),
+    "whole": ([[24], [6] * 4], [[4] * 4, [1] * 4]),
 }
-"""lengths of documents of two rows"""
+"""two rows: lengths of documents, and the degree of each process's group"""
 
 
-def sent_by(lengths: list[list[int]], adaptive: bool) -> dict[str, int]:
-    """Bytes that this process sends along cp in a forward and a backward pass."""
+def joined_by(lengths: list[list[int]], adaptive: bool) -> tuple[dict[str, int], set[int]]:
+    """Bytes that this process sends along cp in a forward and a backward pass, and the pairs of
+    query and key that a visit is booked with."""
     case = Case(4, {"cp": 4, "context": {"adaptive": adaptive}})
     layout = Layout(decoder_of("dense"), case.config, sgd, LENGTH)
     generator = torch.Generator().manual_seed(1)
@@ -103,31 +104,28 @@ def sent_by(lengths: list[list[int]], adaptive: bool) -> dict[str, int]:
         [[n for n, length in enumerate(row) for _ in range(length)] for row in lengths]
     )
     batch = batch_of(tokens_BS, segments_BS)
-    ledger = Ledger()
     layout.mesh.traffic.take()
-    layout.executor.accumulate_gradients(
-        [batch], StepContext("topk", ledger, training=True), None, batch.labels_BS.numel()
+    result = layout.executor.accumulate_gradients(
+        [batch], StepContext("topk", Ledger(), training=True), None, batch.labels_BS.numel()
     )
-    traffic = layout.mesh.traffic.take()
-    return {operation: n for (axis, operation), n in traffic.sent.items() if axis == "cp"}
+    sent = layout.mesh.traffic.take().sent
+    pairs = {extent.pairs for extent in result.ledger.work.visits.values()}
+    return {operation: n for (axis, operation), n in sent.items() if axis == "cp"}, pairs
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_keys_travel_inside_groups_only(name: str) -> None:
     """To the byte: for each row the own slots' keys and values to the others of the group, in every
     layer, and gradients back; cut where they are, rows go to all."""
-    degrees = {
-        "apart": [[1] * 4, [1] * 4],
-        "halves": [[2, 2, 1, 1], [1] * 4],
-        "whole": [[4] * 4, [1] * 4],
-    }[name]
-    width = 2 * ATTENTION["num_kv_heads"] * ATTENTION["head_dim"]
-    slot = width * 8  # float64
-    results = run_forked(4, sent_by, ROWS[name], True)
-    for rank, sent in enumerate(results):
+    lengths, degrees = ROWS[name]
+    part = LENGTH // 4
+    slot = 2 * ATTENTION["num_kv_heads"] * ATTENTION["head_dim"] * 8  # keys, values; float64
+    largest = [max(of_rank) for of_rank in zip(*degrees, strict=True)]
+    for rank, (sent, pairs) in enumerate(run_forked(4, joined_by, lengths, True)):
         others = sum(row[rank] - 1 for row in degrees)
-        expected = LAYERS * 2 * others * (LENGTH // 4) * slot
-        assert sent.get("all_to_all", 0) == expected
+        assert sent.get("all_to_all", 0) == LAYERS * 2 * others * part * slot  # there and back
         assert "all_gather" not in sent
-    plain = run_forked(4, sent_by, ROWS[name], False)[0]
-    assert plain["all_gather"] == LAYERS * 2 * (LENGTH // 4) * slot  # handed over once, for all
+        assert pairs == {len(lengths) * part * part * sum(largest)}
+    sent, pairs = run_forked(4, joined_by, lengths, False)[0]
+    assert sent["all_gather"] == LAYERS * len(lengths) * part * slot  # handed over once, for all
+    assert pairs == {len(lengths) * LENGTH**2}

@@ -234,6 +234,7 @@ CORE = (
     "1f1b",
     "interleaved",
     "zero-bubble",
+    "adaptive4",
     "zero1-cp-sp",
     "cp-tp",
     "ep4-cp-sp",
