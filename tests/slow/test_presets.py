@@ -27,6 +27,8 @@ PRESETS = sorted(
     for routing in ("routing", "recursion")
     for path in (CONFIGS / routing).glob("*.yaml")
 )
+STOPPED = 45
+"""step of the checkpoint from which a run goes on a second time"""
 RECORDED = "routing/duo_llm_random"
 """whose decisions duo_llm_replay repeats"""
 
@@ -61,6 +63,7 @@ def corpus(folder: Path) -> Manifest:
 def preset(name: str, folder: Path) -> RunConfig:
     """A preset with its run and its corpus in a folder of the test's."""
     overrides = [f"run_dir={folder / name}", f"data.dir={folder / 'data'}"]
+    overrides.append(f"checkpoint.interval={STOPPED}")
     if name == "routing/duo_llm_replay":
         overrides.append(f"model.ffn.router.selector.path={folder / RECORDED / 'routing'}")
     return load_config(CONFIGS / f"{name}.yaml", overrides)
@@ -87,7 +90,7 @@ def run_to_the_end(config: RunConfig, manifest: Manifest) -> tuple[Run, LastLoad
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_learns_spreads_load_and_resumes(name: str, folder: Path, corpus: Manifest) -> None:
-    """50 steps; then the second half again from the checkpoint in the middle."""
+    """50 steps; then the last ones again from a checkpoint."""
     if name == "routing/duo_llm_replay":
         run_to_the_end(preset(RECORDED, folder), corpus)
     config = preset(name, folder)
