@@ -39,7 +39,7 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code."""
+    """Run a subcommand, `train` where a run file comes first; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="moebius",
         description="Pretraining of language models that are routed over width and over depth.",
@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         title = (command.__doc__ or "").strip().partition(": ")[2]
         command.add_arguments(subparsers.add_parser(name, help=title, description=title))
-    arguments = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].endswith((".yaml", ".yml")):
+        words.insert(0, "train")
+    arguments = parser.parse_args(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode still shows the rest
     try:

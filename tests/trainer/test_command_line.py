@@ -161,7 +161,7 @@ def test_commands_and_help() -> None:
 
 def test_torchrun_starts_the_same_program(config_path: Path, run_config: RunConfig) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    program = ["-m", "moebius.trainer", "train", str(config_path)]
+    program = ["-m", "moebius.trainer", str(config_path)]  # a run file means train
     result = subprocess.run(
         [*command, "--nproc-per-node", "1", *program], capture_output=True, text=True, timeout=300
     )
