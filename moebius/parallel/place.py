@@ -33,7 +33,7 @@ class Placed:
     placement: Placement
 
 
-def row_spread(config: ParallelConfig, mesh: Mesh, cost: SequenceCost | None) -> Spread:
+def row_spread(config: ParallelConfig, mesh: Mesh, cost: SequenceCost | None = None) -> Spread:
     """How the rows of this process's batch are shared with others.
 
     `cost` is that of documents on processes, where they are placed by it.

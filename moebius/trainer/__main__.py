@@ -1,11 +1,12 @@
-"""`python -m moebius.trainer`, which is what launchers start: the same as `moebius`."""
+"""`python -m moebius.trainer`, which is what launchers start: the same as `moebius`.
+
+Tracebacks go to stderr. torch's `record` would hand them to torchrun in a file as well, which is
+not written in one piece: a launcher that reads it too early dies instead of restarting the workers.
+"""
 
 import sys
-
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from moebius.trainer.cli import main
 
 if __name__ == "__main__":
-    # `record` hands an unexpected error's traceback to torchrun, which would hide it otherwise.
-    sys.exit(record(main)())
+    sys.exit(main())
