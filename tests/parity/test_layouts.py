@@ -46,9 +46,9 @@ def _warm() -> Iterator[None]:
 
 
 @cache
-def reference(name: str, rows: int) -> dict[str, Any]:
+def reference(name: str, rows: int, clips: tuple[float, ...]) -> dict[str, Any]:
     """One process, the whole batch at once."""
-    return run_forked(1, train, name, Case(rows=rows, micro_batch=rows))[0]
+    return run_forked(1, train, name, Case(rows=rows, micro_batch=rows, clips=clips))[0]
 
 
 def assert_equal(got: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
@@ -67,7 +67,7 @@ def check(layout: str, name: str) -> None:
     """All processes of a layout against one."""
     case = case_of(layout, name)
     for result in run_forked(case.processes, train, name, case):
-        assert_equal(result, reference(name, case.rows), TOLERANCE)
+        assert_equal(result, reference(name, case.rows, case.clips), TOLERANCE)
 
 
 def is_quick(layout: str, name: str) -> bool:
