@@ -245,6 +245,9 @@ CORE = (
 MAIN = ("dense", "moepp", "top_p", "v3", "mor", "moepp_mor")
 """models that are tried on 40 layouts and more"""
 MOES = ("moepp", "top_p", "v3")
+REMEMBERING = ("top_p", "v3", "mixed", "mor_token")
+"""models that are trained for two steps, as what the first leaves in controllers steers the second;
+the others for one"""
 
 
 def is_tried(layout: str, name: str) -> bool:
@@ -253,8 +256,8 @@ def is_tried(layout: str, name: str) -> bool:
     few = LAYOUTS[layout].processes < 8
     if layout in CORE:
         return few or name in MAIN
-    if name in MOES:  # each leaves out another fourth
-        return few and (list(LAYOUTS).index(layout) + MOES.index(name)) % 4 > 0
+    if name in MOES:  # each leaves out another third
+        return few and (list(LAYOUTS).index(layout) + MOES.index(name)) % 3 > 0
     return name in ("dense", "mor") if few else name == "moepp_mor"
 
 
@@ -286,7 +289,7 @@ def combinations() -> dict[str, Case]:
         name = "-".join(part for part in (data, tensor, context, pipeline, experts) if part)
         shards = processes // (options["tp"] * options["cp"] * options["pp"])
         micro_batch = max(2 // shards, 1) if pipeline else 4
-        found[name] = Case(processes, options, micro_batch=micro_batch, clips=CLIPS[1:])
+        found[name] = Case(processes, options, micro_batch=micro_batch)
     return found
 
 
@@ -310,6 +313,8 @@ def model_of(name: str) -> ModelConfig:
 def case_of(layout: str, name: str) -> Case:
     """A layout for a model: where tokens are the same along tp, experts are cut like the rest."""
     case = LAYOUTS[layout] if layout in LAYOUTS else COMBINATIONS[layout]
+    if name not in REMEMBERING:
+        case = replace(case, clips=CLIPS[1:])
     config = case.config
     if config.tp > 1 and not config.sequence_parallel and isinstance(model_of(name).ffn, MoEConfig):
         return replace(case, options=case.options | {"etp": config.tp})

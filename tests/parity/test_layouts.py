@@ -6,6 +6,7 @@ legal and what is refused is listed in docs/layouts.md.
 
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ COMBINED = [name for name in COMBINATIONS if refusal(name, "moepp_mor") is None]
 @pytest.fixture(scope="module", autouse=True)
 def _warm() -> Iterator[None]:
     """Import in this process, once, what an optimizer step imports when it first needs it."""
+    import_module("moebius.parallel.fsdp")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     train("dense", Case())
