@@ -245,9 +245,6 @@ CORE = (
 MAIN = ("dense", "moepp", "top_p", "v3", "mor", "moepp_mor")
 """models that are tried on 40 layouts and more"""
 MOES = ("moepp", "top_p", "v3")
-REMEMBERING = ("top_p", "v3", "mixed", "mor_token")
-"""models that are trained for two steps, as what the first leaves in controllers steers the second;
-the others for one"""
 
 
 def is_tried(layout: str, name: str) -> bool:
@@ -310,10 +307,18 @@ def model_of(name: str) -> ModelConfig:
     return ModelConfig.model_validate(tree | MODELS[name])
 
 
+@cache
+def has_state(name: str) -> bool:
+    """Whether a model's controllers or routers remember anything from step to step."""
+    decoder = decoder_of(name)
+    return not decoder.state_dict().keys() <= dict(decoder.named_parameters()).keys()
+
+
 def case_of(layout: str, name: str) -> Case:
-    """A layout for a model: where tokens are the same along tp, experts are cut like the rest."""
+    """A layout for a model: where tokens are the same along tp, experts are cut like the rest; one
+    step is enough where no controller steers the second by what the first has left."""
     case = LAYOUTS[layout] if layout in LAYOUTS else COMBINATIONS[layout]
-    if name not in REMEMBERING:
+    if not has_state(name):
         case = replace(case, clips=CLIPS[1:])
     config = case.config
     if config.tp > 1 and not config.sequence_parallel and isinstance(model_of(name).ffn, MoEConfig):

@@ -35,7 +35,7 @@ BETWEEN = """
 
 Schedules, uneven and empty shares of a batch, accumulation and recomputation are in these layouts.
 `yes`: the test `test_equals_one_process[<layout>-<model>]` or `test_equals_one_process_too[...]`;
-`legal`: not tried with this model, as models like it are; a number: refused, see below.
+`legal`: not tried with this model but with others; a number: refused, see below.
 
 """
 
