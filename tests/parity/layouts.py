@@ -224,9 +224,7 @@ LAYOUTS: dict[str, Case] = {
 
 
 CORE = (
-    "zero1-uneven",
     "fsdp2",
-    "hsdp",
     "tp",
     "sp4",
     "cp4",
