@@ -45,6 +45,17 @@ class Carry:
         """This carry with another state under a name."""
         return replace(self, router_states={**self.router_states, name: state_BSN})
 
+    def split(self) -> tuple[Carry, Carry]:
+        """What goes on to other layers, and what layers have left for their own next pass."""
+        own = {n: s for n, s in self.router_states.items() if n.startswith("layers.")}
+        others = {n: s for n, s in self.router_states.items() if n not in own}
+        return Carry(others, self.depth_values), Carry(own, {}, self.row_keys)
+
+    def joined(self, left: Carry) -> Carry:
+        """The inverse of `split`."""
+        states = {**self.router_states, **left.router_states}
+        return Carry(states, self.depth_values, left.row_keys)
+
     def take(self, index_BK: Tensor) -> Carry:
         """The state of the tokens at `index`."""
         return replace(

@@ -19,7 +19,7 @@ from moebius.kernels.depth_select import take_rows
 from moebius.model.extent import Extent
 from moebius.model.ledger import Ledger
 from moebius.model.moe.replay import RoutingTable
-from moebius.model.program import Visit
+from moebius.model.program import Site, Visit
 from moebius.model.spread import ALONE, Spread
 
 if TYPE_CHECKING:
@@ -205,6 +205,17 @@ class StepContext:
     """decisions that selectors of kind `replay` repeat, by the path they name"""
     cache: KVCache | None = None
     """keys and values of earlier tokens, read and extended; for generation"""
+    decisions: dict[tuple[Site, str], Tensor] | None = None
+    """what routers have chosen, where whole visits are computed again: filled by the first run and
+    repeated by the second, in which rounding may be another"""
+
+    def decide(self, site: Site, what: str, choose: Callable[[], Tensor]) -> Tensor:
+        """A choice of a router, or the one that it has made before."""
+        if self.decisions is None:
+            return choose()
+        if (site, what) not in self.decisions:
+            self.decisions[site, what] = choose()
+        return self.decisions[site, what]
 
     def run(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
         """A sublayer, `function(*inputs)` of tensors; with `full` its activations are not kept.

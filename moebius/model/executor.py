@@ -16,7 +16,7 @@ from moebius.model.decoder import Decoder
 from moebius.model.ledger import Ledger
 from moebius.model.objective import TeacherModel, drawn_exits, exit_losses
 from moebius.model.program import Program, Segment, Unit, Visit
-from moebius.model.recursion.routing import DepthRouting, LoopState
+from moebius.model.recursion.routing import DepthRouting, LoopState, Selection
 from moebius.model.spread import ALONE, Spread
 
 
@@ -71,6 +71,17 @@ class Flow:
     carry: Carry
     loop: LoopState | None = None
     """between the passes of a routed loop"""
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What waits while a pass of a routed loop runs: tokens that are not in it, and how those that
+    are will come back."""
+
+    state: LoopState
+    chosen: Selection
+    carry: Carry
+    """of all tokens"""
 
 
 def differentiate(loss: Callable[[], Tensor]) -> None:
@@ -172,6 +183,39 @@ class LocalExecutor:
                 for number, hidden_TD in hidden.items()
             }
 
+    def final_loss(
+        self,
+        batch: TokenBatch,
+        tokens: TokenContext,
+        x_BSD: Tensor,
+        step: StepContext,
+        teacher: TeacherModel | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`training_loss` from the stream behind the last visit."""
+        hidden_TD, labels_T = self._final(batch, tokens, x_BSD)
+        step.ledger.work.head_tokens += batch.tokens_BS.numel()
+        lesson, coefficient = None, 0.0
+        if teacher is not None:
+            lesson, coefficient = teacher.predict(batch), teacher.coefficient
+        hidden = {len(self.program.visits): hidden_TD}
+        return exit_losses(self.decoder, labels_T, hidden, lesson, coefficient)
+
+    def final_token_losses(self, batch: TokenBatch, tokens: TokenContext, x_BSD: Tensor) -> Tensor:
+        """`token_losses` at the last exit from the stream behind the last visit, `[T]`."""
+        hidden_TD, labels_T = self._final(batch, tokens, x_BSD)
+        decoder = self.decoder
+        return token_cross_entropy(
+            hidden_TD, decoder.head_weight, labels_T, vocabulary=decoder.vocabulary
+        )
+
+    def _final(
+        self, batch: TokenBatch, tokens: TokenContext, x_BSD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the head reads of the part's tokens, `[T, D]`, and their labels."""
+        spread = tokens.spread
+        hidden_BSD = self.decoder.head_input(x_BSD)
+        return spread.present(hidden_BSD), spread.present(spread.read(batch.labels_BS))
+
     def loss_sums(
         self, batch: TokenBatch, step: StepContext, exits: Sequence[int] = ()
     ) -> dict[int, Tensor]:
@@ -223,44 +267,59 @@ class LocalExecutor:
     def run(self, unit: Unit, flow: Flow, tokens: TokenContext, step: StepContext) -> Flow:
         """One visit, or one pass of a routed loop."""
         if unit.segment is not None:
-            return self._recurse(unit.segment, unit, flow, tokens, step)
-        return Flow(*self._visit(flow.x_BSD, flow.carry, tokens, unit.visits, step))
+            entered, inner_BKD = self.enter(unit, flow, tokens, step)
+            chosen = entered.chosen
+            outer_BKD, carry = self.visit(
+                inner_BKD,
+                entered.carry.take(chosen.own_BK),
+                tokens.take(chosen.index_BK, chosen.expected),
+                unit.visits,
+                step,
+            )
+            return self.leave(unit, entered, inner_BKD, outer_BKD, carry)
+        return Flow(*self.visit(flow.x_BSD, flow.carry, tokens, unit.visits, step))
 
-    def _visit(
+    def visit(
         self,
         x_BSD: Tensor,
         carry: Carry,
         tokens: TokenContext,
-        visits: tuple[Visit, ...],
+        visits: Sequence[Visit],
         step: StepContext,
     ) -> tuple[Tensor, Carry]:
+        """Layer after layer on the tokens that are present."""
         for visit in visits:
             step.ledger.work.add_visit(visit, tokens.extent)
             context = DepthContext(visit, tokens, step, self.decoder.shared)
             x_BSD, carry = self.decoder.layers[visit.layer](x_BSD, carry, context)
         return x_BSD, carry
 
-    def _recurse(
-        self, segment: Segment, unit: Unit, flow: Flow, tokens: TokenContext, step: StepContext
-    ) -> Flow:
-        """The block on the tokens of a pass; the others wait unchanged in the loop's state."""
-        routing = cast(DepthRouting, self.decoder.depth_routers[segment.number])
-        depth = unit.visits[0].depth
+    def enter(
+        self, unit: Unit, flow: Flow, tokens: TokenContext, step: StepContext
+    ) -> tuple[Entered, Tensor]:
+        """In front of a pass of a routed loop: what waits, and what the chosen tokens bring in,
+        `[B, K, D]`."""
+        segment, depth = unit.segment, unit.visits[0].depth
+        assert segment is not None
+        routing = self._routing(segment)
         context = DepthContext(unit.visits[0], tokens, step, self.decoder.shared)
         state = flow.loop or routing.begin(flow.x_BSD, context, segment.num_passes)
         step.ledger.work.add_candidates(segment.site(depth), state.active_BK.numel())
         state, chosen = routing.admit(state, segment.shares(step.step)[depth - 1], context)
-        inner_BKD = take_rows(state.inner_BSD, chosen.own_BK)
-        outer_BKD, carry = self._visit(
-            inner_BKD,
-            flow.carry.take(chosen.own_BK),
-            tokens.take(chosen.index_BK, chosen.expected),
-            unit.visits,
-            step,
-        )
-        state = routing.absorb(state, chosen, inner_BKD, outer_BKD)
-        carry = flow.carry.put(chosen.own_BK, carry, state.stream_BSD.shape[1])
+        return Entered(state, chosen, flow.carry), take_rows(state.inner_BSD, chosen.own_BK)
+
+    def leave(
+        self, unit: Unit, entered: Entered, inner_BKD: Tensor, outer_BKD: Tensor, carry: Carry
+    ) -> Flow:
+        """Behind the pass, which has made `outer` and `carry` of what the chosen tokens brought."""
+        assert unit.segment is not None
+        chosen = entered.chosen
+        state = self._routing(unit.segment).absorb(entered.state, chosen, inner_BKD, outer_BKD)
+        carry = entered.carry.put(chosen.own_BK, carry, state.stream_BSD.shape[1])
         return Flow(state.stream_BSD, carry, None if unit.is_last else state)
+
+    def _routing(self, segment: Segment) -> DepthRouting:
+        return cast(DepthRouting, self.decoder.depth_routers[segment.number])
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The precision of matrix products."""

@@ -20,6 +20,20 @@ class PipelineConfig(ConfigNode):
     null: modelled FLOPs"""
 
 
+class RingConfig(ConfigNode):
+    """How a looped block is cut into slices, and how micro-batches go around the ring of them."""
+
+    live: PositiveInt | None = None
+    """micro-batches that are on their way at a time; null: three for each process"""
+    recompute: bool = True
+    """keep only the input of a visit to a slice, and compute the rest again for its gradients"""
+    merge: bool = False
+    """join as many micro-batches as there are passes, and cut each pass into chunks of about
+    train.micro_batch_size * data.sequence_length tokens: fewer and larger visits, more idle time"""
+    costs: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | None = None
+    """what each layer costs on full rows and, last, the head, as measured; null: modelled FLOPs"""
+
+
 class ContextConfig(ConfigNode):
     """How rows are cut where several processes share them."""
 
@@ -42,10 +56,10 @@ class DeepSpeedConfig(ConfigNode):
 
 
 class ParallelConfig(ConfigNode):
-    """Axes of the mesh of processes, outermost first: pp, dp_replicate, dp_shard, cp, tp.
+    """Axes of the mesh of processes, outermost first: pp or rp, dp_replicate, dp_shard, cp, tp.
 
     Data parallelism takes the processes that the other axes leave. Experts have axes of their own
-    over the processes of a pipeline stage: edp, ep, etp.
+    over the processes that hold the same layers: edp, ep, etp.
     """
 
     engine: Literal["native", "deepspeed"] = "native"
@@ -59,6 +73,9 @@ class ParallelConfig(ConfigNode):
     """with fsdp2: groups of processes, each of which holds all parameters (HSDP)"""
     pp: PositiveInt = 1
     """pipeline stages side by side"""
+    rp: PositiveInt = 1
+    """recursion parallelism: the block of a loop is cut into so many slices, each of which its
+    process holds once and applies in every pass"""
     cp: PositiveInt = 1
     """context parallelism: each row is cut into so many parts"""
     tp: PositiveInt = 1
@@ -71,6 +88,8 @@ class ParallelConfig(ConfigNode):
     """expert tensor parallelism: the width of each expert is cut into so many parts"""
     pipeline: PipelineConfig = PipelineConfig()
     """with pp"""
+    ring: RingConfig = RingConfig()
+    """with rp"""
     context: ContextConfig = ContextConfig()
     """with cp"""
     timeout: float = Field(600.0, gt=0)
@@ -79,4 +98,4 @@ class ParallelConfig(ConfigNode):
     @property
     def model_size(self) -> int:
         """Processes that work on the same rows."""
-        return self.pp * self.cp * self.tp
+        return self.pp * self.rp * self.cp * self.tp

@@ -74,7 +74,7 @@ class ReplicatedEngine:
         return norm
 
     def _gradients(self) -> Iterable[tuple[Tensor, Role, int]]:
-        stage_size = self.mesh.world.size // self.mesh.pp.size
+        stage_size = self.mesh.world.size // self.mesh.depth.size
         for p in self.placed:
             if p.parameter.grad is not None:
                 yield p.parameter.grad, p.spec.role, p.placement.replicas(stage_size)
@@ -120,10 +120,10 @@ def whole_parameters(placed: Iterable[Placed], mesh: Mesh) -> dict[str, Tensor]:
 
 def of_all_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     """The tensors of all pipeline stages together; a collective call."""
-    if mesh.pp.size == 1:
+    if mesh.depth.size == 1:
         return tensors
     on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
-    return {name: t for part in gather_objects(on_host, mesh.pp) for name, t in part.items()}
+    return {name: t for part in gather_objects(on_host, mesh.depth) for name, t in part.items()}
 
 
 def by_group(placed: Iterable[Placed]) -> dict[Group, list[Placed]]:

@@ -16,7 +16,7 @@ def explain(layout: Layout, processes_per_node: int) -> Iterator[str]:
     for stage in layout.stages:
         visits = [f"{visit.layer}@{visit.depth}" for unit in stage.units for visit in unit.visits]
         ends = ["embedding"] * stage.is_first, ["head"] * stage.is_last
-        process = stage.number % layout.mesh.pp.size
+        process = stage.number % layout.mesh.depth.size
         yield f"stage {stage.number} on pp {process}: {' '.join([*ends[0], *visits, *ends[1]])}"
     held = sum(elements_here(p) for p in layout.decoder.parameters())
     groups = layout.engine.optimizer.param_groups

@@ -216,7 +216,7 @@ class FSDPEngine:
 
     def _gradients(self) -> Iterable[tuple[Tensor, Role, int]]:
         mesh = self.mesh
-        stage_size = mesh.world.size // mesh.pp.size
+        stage_size = mesh.world.size // mesh.depth.size
         for p in self.placed:
             if p.parameter.grad is not None:
                 shards = mesh.edp if p.placement.reduce is mesh.edp else mesh.shard

@@ -20,10 +20,12 @@ from moebius.parallel.deepspeed import DeepSpeedEngine
 from moebius.parallel.engine import Engine, MakeOptimizer, ReplicatedEngine, of_all_stages
 from moebius.parallel.ledger import merge_results
 from moebius.parallel.mesh import Mesh
-from moebius.parallel.messages import Channel
-from moebius.parallel.pipeline import PipelineExecutor
+from moebius.parallel.messages import Channel, directed
+from moebius.parallel.pipeline import PipelineExecutor, neighbours
 from moebius.parallel.place import place, row_spread
-from moebius.parallel.stage import Stage, cut_stages, keep_parts, parts_of
+from moebius.parallel.ring.executor import RingExecutor
+from moebius.parallel.ring.slices import Costs, Ring, cut_ring
+from moebius.parallel.stage import Stage, cut_stages, keep_parts, parts_of, ring_parts
 from moebius.parallel.zero import ZeroEngine
 
 
@@ -51,21 +53,29 @@ class Layout:
         self.mesh = Mesh(config, device.type)
         self.num_parameters = sum(p.numel() for p in decoder.parameters())
         """of the whole model"""
-        self.stages = stages = _stages(decoder, config, row_length)
+        self.stages = _stages(decoder, config, row_length)
+        self.ring: Ring | None = None
+        costs: Costs | None = None
+        if config.rp > 1:
+            self.ring, costs = cut_ring(decoder, config.rp, row_length, config.ring.costs)
         cost = None
         if config.context.adaptive:
             cost = sequence_cost(
                 decoder, config.cp, row_length, config.context.flops_per_byte, autocast_dtype
             )
-        tied = _keep_stages(decoder, stages, self.mesh)
+        tied = _keep_parts(decoder, self._parts(), self.mesh)
         placed = place(decoder, config, self.mesh, tied)
         decoder.to(device)  # only now: a device need not hold the whole model
         spread = row_spread(config, self.mesh, cost)
         local = LocalExecutor(decoder, autocast_dtype, spread=spread)
-        self.executor: LocalExecutor | PipelineExecutor = local
-        if self.mesh.pp.size > 1:
-            own = stages[self.mesh.pp.rank :: self.mesh.pp.size]
-            channel = Channel(self.mesh.pp, self.mesh.pp_back, device)
+        self.executor: LocalExecutor | PipelineExecutor | RingExecutor = local
+        depth = self.mesh.depth
+        if self.ring is not None and costs is not None:
+            channel = Channel(depth, *directed(self.mesh, self.ring.pairs), device)
+            self.executor = RingExecutor(local, self.ring, costs, channel, config.ring)
+        elif self.stages:
+            own = self.stages[depth.rank :: depth.size]
+            channel = Channel(depth, *directed(self.mesh, neighbours(self.stages, depth)), device)
             self.executor = PipelineExecutor(local, own, channel, config.pipeline.schedule)
         self.engine: Engine
         self.compute: Callable[[Callable[[], Any]], Any] = lambda function: function()
@@ -86,6 +96,13 @@ class Layout:
         else:
             self.engine = ReplicatedEngine(placed, self.mesh, make_optimizer)
 
+    def _parts(self) -> list[set[str]]:
+        """Which parts of the decoder each of the processes with different layers needs."""
+        if self.ring is not None:
+            return ring_parts(self.decoder, self.ring)
+        size = self.mesh.depth.size
+        return [parts_of(self.decoder, self.stages[rank::size]) for rank in range(size)]
+
     def loss_sums(
         self, batch: TokenBatch, step: StepContext, exits: Sequence[int] = ()
     ) -> dict[int, Tensor]:
@@ -98,7 +115,7 @@ class Layout:
         found = self.compute(lambda: self.executor.token_losses(own, step, exits))
         for number, losses_BS in found.items():
             sums[exits.index(number)] = losses_BS.double().sum()
-        self.mesh.pp.all_reduce(self.mesh.data.all_reduce(sums))
+        self.mesh.depth.all_reduce(self.mesh.data.all_reduce(sums))
         return dict(zip(exits, sums, strict=True))
 
     def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
@@ -121,6 +138,8 @@ class Layout:
 
     def row_ranges(self, num_rows: int, micro_batch_size: int) -> list[tuple[int, int]]:
         """(start, end) of this process's micro-batches in a batch."""
+        if self.ring is not None and self.config.ring.merge:
+            micro_batch_size *= self.ring.num_passes
         return row_ranges(num_rows, micro_batch_size, self.mesh.dp.rank, self.mesh.dp.size)
 
     def accumulate_gradients(
@@ -143,17 +162,16 @@ def _stages(decoder: Decoder, config: ParallelConfig, row_length: int) -> tuple[
     return cut_stages(decoder, config.pp * pipeline.stages_per_rank, row_length, pipeline.costs)
 
 
-def _keep_stages(decoder: Decoder, stages: Sequence[Stage], mesh: Mesh) -> dict[str, Group]:
-    """Keep what the own stages use; by part, the stages that have it too."""
-    if not stages:
+def _keep_parts(decoder: Decoder, parts: Sequence[set[str]], mesh: Mesh) -> dict[str, Group]:
+    """Keep what this process needs; by part, the processes with other layers that have it too."""
+    if len(parts) == 1:
         return {}
-    size = mesh.pp.size
-    parts = [parts_of(decoder, stages[rank::size]) for rank in range(size)]
     holders = {
-        part: tuple(rank for rank in range(size) if part in parts[rank])
+        part: tuple(rank for rank, needed in enumerate(parts) if part in needed)
         for part in sorted(set().union(*parts))
     }
-    groups = {ranks: mesh.pp_group(ranks) for ranks in sorted(set(holders.values())) if ranks[1:]}
-    keep_parts(decoder, parts[mesh.pp.rank])
+    several = sorted({ranks for ranks in holders.values() if ranks[1:]})
+    groups = {ranks: mesh.depth_group(ranks) for ranks in several}
+    keep_parts(decoder, parts[mesh.depth.rank])
     found = {part: groups.get(ranks) for part, ranks in holders.items()}
     return {part: group for part, group in found.items() if group is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,22 +21,18 @@ def merge_results(result: StepResult, mesh: Mesh) -> StepResult:
     """The result of the whole step on every process, from each one's part of it.
 
     Losses of labels are of the own part of rows; what routers have booked is of whole rows, and so
-    the same on all processes that share them.
+    the same on all processes that share them. Processes with other layers have their results merged
+    already, see `merge_depth`.
     """
     if mesh.world.size == 1:
         return result
-    losses = result.losses
-    if losses:  # where the head is
-        losses = _unflatten(losses, mesh.data.all_reduce(_flatten(losses)))
-    ledger = _merge_rows(result.ledger, mesh.dp)
-    if mesh.pp.size > 1:
-        losses, ledger = _merge_stages(losses, ledger, mesh.pp)
-    return StepResult(losses, ledger)
+    losses = _unflatten(result.losses, mesh.data.all_reduce(_flatten(result.losses)))
+    return StepResult(losses, _merge_rows(result.ledger, mesh.dp))
 
 
 def _merge_rows(ledger: Ledger, dp: Group) -> Ledger:
     """Sums over processes with other rows, which have been at the same sites."""
-    parts: list[Mapping[Any, Tensor]] = [ledger.losses, *ledger.statistics.values()]
+    parts = _sums_of(ledger)
     device = _device(parts)
     flats = [_flatten(part).to(device) for part in parts]
     sums = dp.all_reduce(torch.cat(flats)).split([len(flat) for flat in flats])
@@ -52,22 +48,40 @@ def _merge_rows(ledger: Ledger, dp: Group) -> Ledger:
     return merged
 
 
-def _merge_stages(
-    losses: dict[str, Tensor], ledger: Ledger, pp: Group
-) -> tuple[dict[str, Tensor], Ledger]:
-    """Every stage learns what the others have booked: routers of several stages learn alike."""
-    device = _device([losses, ledger.losses, *ledger.statistics.values()])
-    mine = (_to(losses, "cpu"), _to(ledger.losses, "cpu"), ledger.work, ledger.routings)
-    statistics = {site: _to(sums, "cpu") for site, sums in ledger.statistics.items()}
-    all_losses: dict[str, Tensor] = {}
-    merged: list[Ledger] = []
-    for (found, booked, work, routings), sums_of in gather_objects((mine, statistics), pp):
-        all_losses |= _to(found, device)
-        stage = Ledger()
-        stage.losses, stage.work, stage.routings = _to(booked, device), work, routings
-        stage.statistics = {site: _to(sums, device) for site, sums in sums_of.items()}
-        merged.append(stage)
-    return all_losses, Ledger.merge(merged)
+def merge_depth(
+    losses: Mapping[str, Tensor], ledgers: Mapping[Any, Ledger], depth: Group
+) -> StepResult:
+    """The result of processes that hold different layers: routers of several learn alike.
+
+    `ledgers` are of micro-batches; their keys put these in order, in which routings are joined.
+    """
+    device = _device([losses, *(part for ledger in ledgers.values() for part in _sums_of(ledger))])
+    mine = Ledger.merge(ledgers[key] for key in sorted(ledgers))
+    routings = {key: _to(ledger.routings, "cpu") for key, ledger in ledgers.items()}
+    statistics = {site: _to(sums, "cpu") for site, sums in mine.statistics.items()}
+    booked = (_to(losses, "cpu"), _to(mine.losses, "cpu"), statistics, mine.work, routings)
+    total: dict[str, Tensor] = {}
+    parts: list[Ledger] = []
+    rows: list[tuple[Any, dict[Site, Tensor]]] = []
+    for found, auxiliary, sums_of, work, routings_of in gather_objects(booked, depth):
+        for name, loss in _to(found, device).items():
+            total[name] = total[name] + loss if name in total else loss
+        part = Ledger()
+        part.losses, part.work = _to(auxiliary, device), work
+        part.statistics = {site: _to(sums, device) for site, sums in sums_of.items()}
+        parts.append(part)
+        rows += routings_of.items()
+    merged = Ledger.merge(parts)
+    for _, of_sites in sorted(rows, key=lambda row: row[0]):
+        for site, ids_BSK in of_sites.items():
+            merged.record_routing(site, ids_BSK)
+    in_order = sorted(merged.work.visits.items(), key=lambda item: item[0].index)
+    merged.work.visits = dict(in_order)
+    return StepResult(total, merged)
+
+
+def _sums_of(ledger: Ledger) -> list[dict[str, Tensor]]:
+    return [ledger.losses, *ledger.statistics.values()]
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
@@ -108,7 +122,7 @@ def _work_of(like: Work, numbers: list[float]) -> Work:
     return Work(visits, candidates, next(counts))
 
 
-def _device(parts: list[Mapping[Any, Tensor]]) -> torch.device:
+def _device(parts: Sequence[Mapping[Any, Tensor]]) -> torch.device:
     return next((t.device for part in parts for t in part.values()), torch.device("cpu"))
 
 

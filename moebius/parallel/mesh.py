@@ -14,8 +14,8 @@ from moebius.errors import LayoutError
 from moebius.parallel.comm import Group, Traffic
 from moebius.parallel.config import ParallelConfig
 
-DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-EXPERT = ("pp", "edp", "ep", "etp")
+DENSE = ("pp", "rp", "dp_replicate", "dp_shard", "cp", "tp")
+EXPERT = ("pp", "rp", "edp", "ep", "etp")
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,23 @@ class Axes:
         taken = config.model_size * config.dp_replicate
         if world_size % taken:
             raise LayoutError(
-                f"parallel: pp * dp_replicate * cp * tp = {taken} does not divide the "
+                f"parallel: pp * rp * dp_replicate * cp * tp = {taken} does not divide the "
                 f"{world_size} processes that were started",
                 f"start a multiple of {taken} or change the axes",
             )
         dp_shard = world_size // taken
-        dense = dict(
-            zip(
-                DENSE, (config.pp, config.dp_replicate, dp_shard, config.cp, config.tp), strict=True
-            )
-        )
-        stage = world_size // config.pp
+        depth = (config.pp, config.rp)
+        data = (config.dp_replicate, dp_shard, config.cp, config.tp)
+        dense = dict(zip(DENSE, (*depth, *data), strict=True))
+        stage = world_size // math.prod(depth)
         if stage % (config.ep * config.etp):
             raise LayoutError(
                 f"parallel: ep * etp = {config.ep * config.etp} does not divide the {stage} "
-                "processes of a pipeline stage",
+                "processes that hold the same layers",
                 "change ep or etp, or start other processes",
             )
         edp = stage // (config.ep * config.etp)
-        expert = dict(zip(EXPERT, (config.pp, edp, config.ep, config.etp), strict=True))
+        expert = dict(zip(EXPERT, (*depth, edp, config.ep, config.etp), strict=True))
         return cls(dense, expert)
 
 
@@ -67,14 +65,8 @@ class Mesh:
         self.device_type = device_type
         sizes = self.axes.dense
         self.timeout = timedelta(seconds=config.timeout)
-        self.pp = self._group("pp", "pp")
-        self.pp_back = self.pp
-        """the same processes for messages to lower ranks: with NCCL a large message would wait for
-        one that crosses it"""
-        if self.pp.size > 1:
-            lists = partition(self.axes.dense, ("pp",))
-            back, _ = dist.new_subgroups_by_enumeration(lists, timeout=self.timeout)
-            self.pp_back = Group("pp", self.pp.ranks, back, self.traffic)
+        self.depth = self._group("rp" if config.rp > 1 else "pp", "pp", "rp")
+        """processes that hold different layers: the stages of a pipeline or the slices of a ring"""
         self.dp = self._group("dp", "dp_replicate", "dp_shard")
         self.dp_replicate = self._group("dp_replicate", "dp_replicate")
         self.cp = self._group("cp", "cp")
@@ -102,11 +94,11 @@ class Mesh:
         )
         return self._make(name, partition(view, axes))
 
-    def pp_group(self, stages: Sequence[int]) -> Group | None:
-        """This process's part of some processes of the pipeline, None where it is not among them; a
-        collective call of all processes."""
-        pipelines = partition(self.axes.dense, ("pp",))
-        lists = [[ranks[stage] for stage in stages] for ranks in pipelines]
+    def depth_group(self, members: Sequence[int]) -> Group | None:
+        """Some of the processes that hold different layers, by number, None where this one is not
+        among them; a collective call of all processes."""
+        partners = partition(self.axes.dense, ("pp", "rp"))
+        lists = [[ranks[member] for member in members] for ranks in partners]
         group, _ = dist.new_subgroups_by_enumeration(lists, timeout=self.timeout)
         own = next((ranks for ranks in lists if self.rank in ranks), None)
         return None if own is None else Group("tied", own, group, self.traffic)
@@ -131,7 +123,7 @@ class Mesh:
         """Lines that say how long each axis is and whether it leaves a node."""
         for view in (self.axes.dense, self.axes.expert):
             for axis, size in view.items():
-                if size == 1 or (axis == "pp" and view is self.axes.expert):
+                if size == 1 or (axis in ("pp", "rp") and view is self.axes.expert):
                     continue
                 lists = partition(view, (axis,))
                 nodes = max(len({rank // processes_per_node for rank in ranks}) for ranks in lists)

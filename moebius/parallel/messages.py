@@ -7,7 +7,7 @@ activations, so a header says what follows. Tensors of one dtype travel together
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moebius.parallel.comm import Group
+from moebius.parallel.mesh import Mesh
 
 DTYPES = (
     torch.float64,
@@ -28,14 +29,36 @@ DTYPES = (
 )
 
 
+def directed(
+    mesh: Mesh, pairs: Iterable[tuple[int, int]]
+) -> tuple[dict[int, Group], dict[int, Group]]:
+    """A communicator for each (sender, receiver): those that this process sends and receives with,
+    by partner. A collective call of all processes."""
+    outgoing, incoming, own = {}, {}, mesh.depth.rank
+    for sender, receiver in sorted(pairs):
+        group = mesh.depth_group((sender, receiver))
+        if group is not None and sender == own:
+            outgoing[receiver] = group
+        elif group is not None:
+            incoming[sender] = group
+    return outgoing, incoming
+
+
 @dataclass
 class Channel:
-    """Messages along a pipeline; sends are asynchronous, messages in one direction between two
-    processes arrive in order."""
+    """Messages between processes that hold different layers; sends are asynchronous, messages in
+    one direction between two processes arrive in order.
+
+    Each direction has a communicator of its own: with NCCL a large message would wait for one that
+    crosses it.
+    """
 
     group: Group
-    back: Group
-    """for messages to lower ranks"""
+    """who is numbered how"""
+    outgoing: Mapping[int, Group]
+    """by receiver"""
+    incoming: Mapping[int, Group]
+    """by sender"""
     device: torch.device
     pending: dict[Hashable, list[tuple[dist.Work, Tensor]]] = field(default_factory=dict)
     """by message"""
@@ -48,19 +71,23 @@ class Channel:
         text = pickle.dumps((skeleton, kinds))
         content = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
         length = torch.tensor([len(text)], device=self.device)
-        self._send([length, content, *pack(tensors)], stage_rank, key)
+        self._send([length, content], stage_rank, key, "header")
+        self._send(pack(tensors), stage_rank, key)
         return [tensor for tensor in tensors if tensor.requires_grad]
 
     def send(self, tensors: Sequence[Tensor], stage_rank: int, key: Hashable) -> None:
         """Tensors whose shapes the other process knows."""
         self._send(pack(tensors), stage_rank, key)
 
-    def _send(self, buffers: Sequence[Tensor], stage_rank: int, key: Hashable) -> None:
+    def _send(
+        self, buffers: Sequence[Tensor], stage_rank: int, key: Hashable, kind: str = "send"
+    ) -> None:
         sent = self.pending.setdefault(key, [])
-        group = self.group if self.group.rank < stage_rank else self.back
+        process_group = self.outgoing[stage_rank].process_group
         for buffer in (buffer for buffer in buffers if len(buffer)):
-            self.group.traffic.add("pp", "send", buffer.numel() * buffer.element_size())
-            work = dist.isend(buffer, group.ranks[stage_rank], group.process_group)
+            size = buffer.numel() * buffer.element_size()
+            self.group.traffic.add(self.group.axis, kind, size)
+            work = dist.isend(buffer, self.group.ranks[stage_rank], process_group)
             assert work is not None
             sent.append((work, buffer))
 
@@ -102,8 +129,8 @@ class Channel:
             self.settle(key)
 
     def _receive(self, buffer: Tensor, stage_rank: int) -> Tensor:
-        group = self.group if stage_rank < self.group.rank else self.back
-        dist.recv(buffer, group.ranks[stage_rank], group.process_group)
+        process_group = self.incoming[stage_rank].process_group
+        dist.recv(buffer, self.group.ranks[stage_rank], process_group)
         return buffer
 
 

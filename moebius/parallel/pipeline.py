@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from moebius.kernels.cross_entropy import token_cross_entropy
 from moebius.model.carry import Carry
 from moebius.model.context import StepContext, TokenContext
 from moebius.model.executor import Flow, LocalExecutor, StepResult, TokenBatch
 from moebius.model.ledger import Ledger
-from moebius.model.objective import TeacherModel, exit_losses
+from moebius.model.objective import TeacherModel
+from moebius.parallel.comm import Group
+from moebius.parallel.ledger import merge_depth
 from moebius.parallel.messages import Channel
 from moebius.parallel.schedule import Action, Kind, ScheduleName, plan
 from moebius.parallel.stage import Stage
@@ -63,21 +65,21 @@ class PipelineExecutor:
         teacher: TeacherModel | None,
         num_labels: int,
     ) -> StepResult:
-        """See `LocalExecutor.accumulate_gradients`; losses are where the last stage is."""
+        """See `LocalExecutor.accumulate_gradients`."""
         size, rank = self.channel.group.size, self.channel.group.rank
         actions = plan(self.schedule, size, len(self.stages), len(micro_batches))[rank]
         run = _Step(self, micro_batches, step, teacher, num_labels)
         for action in actions:
             run.do(action)
         self.channel.wait()
-        return StepResult(run.losses, Ledger.merge(run.ledgers))
+        return merge_depth(run.losses, run.ledgers, self.channel.group)
 
     @torch.no_grad()
     def token_losses(
         self, batch: TokenBatch, step: StepContext, exits: Sequence[int] = ()
     ) -> dict[int, Tensor]:
         """See `LocalExecutor.token_losses`; where the last stage is, nothing elsewhere."""
-        decoder, last = self.local.decoder, len(self.local.program.visits)
+        last = len(self.local.program.visits)
         losses: dict[int, Tensor] = {}
         tokens = self.local.tokens(batch)
         with self.local.autocast(batch.tokens_BS.device):
@@ -89,13 +91,7 @@ class PipelineExecutor:
                 if not stage.is_last:
                     self.channel.send_nest(flow, self.rank_of(number + 1), number)
                     continue
-                spread = tokens.spread
-                losses[last] = token_cross_entropy(
-                    spread.present(decoder.head_input(flow.x_BSD)),
-                    decoder.head_weight,
-                    spread.present(spread.read(batch.labels_BS)),
-                    vocabulary=decoder.vocabulary,
-                )
+                losses[last] = self.local.final_token_losses(batch, tokens, flow.x_BSD)
         self.channel.wait()
         return losses
 
@@ -125,7 +121,7 @@ class _Step:
         self.tokens: dict[int, TokenContext] = {}
         """of micro-batches that further stages of this process are to run"""
         self.losses: dict[str, Tensor] = {}
-        self.ledgers: list[Ledger] = []
+        self.ledgers: dict[int, Ledger] = {}
 
     def do(self, action: Action) -> None:
         """One action of the plan."""
@@ -166,8 +162,8 @@ class _Step:
 
     def _forward(self, stage: Stage, number: int) -> None:
         batch, key = self.micro_batches[number], (stage.number, number)
-        ledger = Ledger(batch.labels_BS.numel() / self.num_labels, self.step.ledger.keep_routings)
-        self.ledgers.append(ledger)
+        share = batch.labels_BS.numel() / self.num_labels
+        ledger = self.ledgers.setdefault(number, Ledger(share, self.step.ledger.keep_routings))
         step = replace(self.step, ledger=ledger, micro_batch=number)
         with self.local.autocast(batch.tokens_BS.device):
             tokens = self.tokens.pop(number, None) or self.local.tokens(batch)
@@ -183,15 +179,7 @@ class _Step:
     def _loss(
         self, batch: TokenBatch, tokens: TokenContext, flow: Flow, step: StepContext
     ) -> Tensor:
-        decoder, spread = self.local.decoder, tokens.spread
-        step.ledger.work.head_tokens += batch.tokens_BS.numel()
-        last = len(self.local.program.visits)
-        hidden = {last: spread.present(decoder.head_input(flow.x_BSD))}
-        labels_T = spread.present(spread.read(batch.labels_BS))
-        lesson, coefficient = None, 0.0
-        if self.teacher is not None:
-            lesson, coefficient = self.teacher.predict(batch), self.teacher.coefficient
-        total, sums = exit_losses(decoder, labels_T, hidden, lesson, coefficient)
+        total, sums = self.local.final_loss(batch, tokens, flow.x_BSD, step, self.teacher)
         for name, value in sums.items():
             self.losses[name] = self.losses.get(name, torch.zeros_like(value)) + (
                 value / self.num_labels
@@ -218,6 +206,15 @@ class _Step:
         torch.autograd.backward(
             self.passing.outputs.pop(key), self.passing.gradients.pop(key, None), inputs=weights
         )
+
+
+def neighbours(stages: Sequence[Stage], depth: Group) -> set[tuple[int, int]]:
+    """(sender, receiver) of all messages between processes."""
+    pairs = [
+        (before.number % depth.size, after.number % depth.size)
+        for before, after in pairwise(stages)
+    ]
+    return {pair for a, b in pairs for pair in ((a, b), (b, a)) if a != b}
 
 
 def run_stage(

@@ -13,6 +13,7 @@ from moebius.model.moe.layer import MoE
 from moebius.model.moe.scorers import GRUScorer
 from moebius.model.program import Unit
 from moebius.parallel.cut import cut
+from moebius.parallel.ring.slices import Ring
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,35 @@ def parts_of(decoder: Decoder, stages: Iterable[Stage]) -> set[str]:
         if stage.is_first:
             found.add("embedding")
         if stage.is_last:
-            found |= {"norm", "embedding" if decoder.head is None else "head"}
+            found |= last_parts(decoder)
         for unit in stage.units:
             if unit.segment is not None:
                 found.add(f"depth_routers.{unit.segment.number}")
-            for visit in unit.visits:
-                found.add(f"layers.{visit.layer}")
-                found |= {f"shared.{name}" for name in shared_names(decoder.layers[visit.layer])}
+            found |= layer_parts(decoder, (visit.layer for visit in unit.visits))
+    return found
+
+
+def ring_parts(decoder: Decoder, ring: Ring) -> list[set[str]]:
+    """Names of the parts that each process of a ring uses: its slice's, and what homes need."""
+    home = {"embedding", *last_parts(decoder)}
+    if ring.is_routed:
+        home.add(f"depth_routers.{ring.loop.number}")
+    units = (*ring.front, *ring.back)
+    home |= layer_parts(decoder, (visit.layer for unit in units for visit in unit.visits))
+    return [home | layer_parts(decoder, layers) for layers in ring.slices]
+
+
+def last_parts(decoder: Decoder) -> set[str]:
+    """Names of the parts behind the last layer."""
+    return {"norm", "embedding" if decoder.head is None else "head"}
+
+
+def layer_parts(decoder: Decoder, layers: Iterable[str]) -> set[str]:
+    """Names of some layers and of what they share with others."""
+    found: set[str] = set()
+    for layer in layers:
+        found.add(f"layers.{layer}")
+        found |= {f"shared.{name}" for name in shared_names(decoder.layers[layer])}
     return found
 
 

@@ -127,7 +127,7 @@ class ZeroEngine:
         return norm
 
     def _gradients(self) -> Iterable[tuple[Tensor, Role, int]]:
-        stage_size = self.mesh.world.size // self.mesh.pp.size
+        stage_size = self.mesh.world.size // self.mesh.depth.size
         for piece in self.pieces:
             if piece.own.grad is not None:
                 placement = piece.of.placement

@@ -361,7 +361,7 @@ class Rows(SimpleNamespace):
 
     def rows(self, start: int, end: int) -> TokenBatch:
         """Some of the rows."""
-        return rows_of(self, start, end)  # type: ignore[arg-type]
+        return Rows(**vars(rows_of(self, start, end)))  # type: ignore[arg-type]
 
 
 def sgd(parameters: Iterable[tuple[nn.Parameter, ParameterSpec]]) -> torch.optim.Optimizer:
@@ -376,9 +376,7 @@ def train(name: str, case: Case, dtype: torch.dtype = torch.float64) -> dict[str
     layout = Layout(decoder, case.config, sgd, LENGTH)
     batch = documents(case.rows)
     whole = Rows(**vars(batch))
-    parts = [
-        rows_of(batch, start, end) for start, end in layout.row_ranges(case.rows, case.micro_batch)
-    ]
+    parts = [whole.rows(*part) for part in layout.row_ranges(case.rows, case.micro_batch)]
     before = dict(decoder_of(name, dtype).named_parameters())
     left: dict[str, Any] = {}
 

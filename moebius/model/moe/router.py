@@ -127,7 +127,9 @@ class Router(ParameterModule):
         with torch.autocast(x_BSD.device.type, enabled=False):
             logits_TN, carry = self._score(x_BSD, carry, route, ctx.shared)
             scores = self._scores(logits_TN, route)
-            ids_TK = self.config.selector.select(scores, route)
+            ids_TK = route.step.decide(
+                site, "selected", lambda: self.config.selector.select(scores, route)
+            )
             ids_TK = ids_TK.masked_fill(~route.valid_T.unsqueeze(1), -1)
             weights_TK = self._weights(scores, ids_TK)
             chosen = Routing(ids_TK, weights_TK, scores.probs_TN, logits_TN)
@@ -192,9 +194,14 @@ class Router(ParameterModule):
 
     def _limit(self, chosen: Routing, scores: Scores, route: RouteContext) -> Routing:
         """Capacities delete or move assignments; the weights of the others stay."""
-        if self.config.capacity is None or not route.step.training:
+        capacity = self.config.capacity
+        if capacity is None or not route.step.training:
             return chosen
-        ids_TK = self.config.capacity.apply(chosen.ids_TK, scores, self.pool, route)
+        ids_TK = route.step.decide(
+            route.site,
+            "admitted",
+            lambda: capacity.apply(chosen.ids_TK, scores, self.pool, route),
+        )
         return replace(
             chosen, ids_TK=ids_TK, weights_TK=chosen.weights_TK.masked_fill(ids_TK < 0, 0.0)
         )

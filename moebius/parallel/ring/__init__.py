@@ -1,0 +1,1 @@
+"""Recursion parallelism: a shared block in slices around a ring of processes."""
