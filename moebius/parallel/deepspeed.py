@@ -357,12 +357,13 @@ def deepspeed_problems(config: ParallelConfig, model: ModelConfig) -> Iterator[P
     """What cannot be done, or was not seen to be right, with DeepSpeed under our layers."""
     if config.engine != "deepspeed":
         return
-    if config.pp > 1:
-        yield Problem(
-            "parallel.pp",
-            f"{config.pp} with engine deepspeed: it reduces gradients within a backward pass, and "
-            "a pipeline has many per step; use engine native",
-        )
+    for axis, size in (("pp", config.pp), ("rp", config.rp)):
+        if size > 1:
+            yield Problem(
+                f"parallel.{axis}",
+                f"{size} with engine deepspeed: it reduces gradients within a backward pass, of "
+                "which there are many per step; use engine native",
+            )
     if config.ep * config.etp not in (1, config.tp):
         yield Problem(
             "parallel.ep",

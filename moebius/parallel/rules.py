@@ -24,6 +24,7 @@ from moebius.model.program import build_program
 from moebius.model.recursion.config import DoraConfig
 from moebius.parallel.config import ContextConfig, DeepSpeedConfig, ParallelConfig, PipelineConfig
 from moebius.parallel.deepspeed import deepspeed_problems
+from moebius.parallel.ring.rules import ring_rules
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,7 @@ LAYOUT_RULES: tuple[Callable[[Asked], Iterator[Problem]], ...] = (
     expert_rules,
     alignment_rules,
     pipeline_rules,
+    ring_rules,
     data_rules,
     teacher_rules,
     deepspeed_rules,

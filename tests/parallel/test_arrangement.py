@@ -13,7 +13,8 @@ from moebius.parallel.arrangement import arrange, document_lengths, sequence_cos
 from moebius.parallel.layout import Layout
 from tests.model.helpers import batch_of
 from tests.parity.forks import run_forked
-from tests.parity.layouts import ATTENTION, LENGTH, VOCABULARY, Case, decoder_of, sgd
+from tests.parity.layouts import LENGTH, Case, decoder_of, sgd
+from tests.parity.models import ATTENTION, VOCABULARY
 
 ROOM = 1.25
 LAYERS = 4

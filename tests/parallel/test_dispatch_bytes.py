@@ -27,20 +27,8 @@ from moebius.parallel.layout import Layout
 from tests.model.helpers import rows_of
 from tests.model.recursion.systems import depth, expert
 from tests.parity.forks import run_forked
-from tests.parity.layouts import (
-    ATTENTION,
-    FFN,
-    LENGTH,
-    MIXED,
-    TOP_2,
-    TOP_P,
-    VOCABULARY,
-    WIDTH,
-    Case,
-    documents,
-    moe,
-    sgd,
-)
+from tests.parity.layouts import LENGTH, Case, documents, sgd
+from tests.parity.models import ATTENTION, FFN, MIXED, TOP_2, TOP_P, VOCABULARY, WIDTH, moe
 
 ID_BYTES = 4
 COUNT_BYTES = 8

@@ -14,7 +14,7 @@ from moebius.parallel.comm import Group, Traffic
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.expert import owners
 from moebius.parallel.mesh import Axes, Mesh, partition
-from moebius.parallel.messages import Channel, Slot, replaced, tensors_of
+from moebius.parallel.messages import Channel, Slot, directed, replaced, tensors_of
 from moebius.parallel.placement import Cut
 from moebius.parallel.tensor import VocabularyPart
 from tests.parity.forks import run_forked
@@ -38,8 +38,8 @@ def test_rows_are_shared_out_once_and_in_order(rows: int, micro_batch: int, coun
 def test_the_two_views_of_a_mesh() -> None:
     config = ParallelConfig(pp=2, cp=1, tp=2, ep=2, etp=2, dp_replicate=1)
     axes = Axes.of(config, 16)
-    assert axes.dense == {"pp": 2, "dp_replicate": 1, "dp_shard": 4, "cp": 1, "tp": 2}
-    assert axes.expert == {"pp": 2, "edp": 2, "ep": 2, "etp": 2}
+    assert axes.dense == {"pp": 2, "rp": 1, "dp_replicate": 1, "dp_shard": 4, "cp": 1, "tp": 2}
+    assert axes.expert == {"pp": 2, "rp": 1, "edp": 2, "ep": 2, "etp": 2}
     assert partition(axes.dense, ("tp",))[:2] == [[0, 1], [2, 3]]
     assert partition(axes.dense, ("pp",))[0] == [0, 8]
     assert partition(axes.dense, ("dp_shard",))[:2] == [[0, 2, 4, 6], [1, 3, 5, 7]]
@@ -50,8 +50,17 @@ def test_the_two_views_of_a_mesh() -> None:
 @pytest.mark.parametrize(
     ("options", "processes", "message"),
     [
-        ({"tp": 2, "cp": 2}, 6, r"pp \* dp_replicate \* cp \* tp = 4 does not divide the 6"),
-        ({"pp": 2, "ep": 4}, 4, r"ep \* etp = 4 does not divide the 2 processes of a pipeline"),
+        ({"tp": 2, "cp": 2}, 6, r"pp \* rp \* dp_replicate \* cp \* tp = 4 does not divide the 6"),
+        (
+            {"pp": 2, "ep": 4},
+            4,
+            r"ep \* etp = 4 does not divide the 2 processes that hold the same",
+        ),
+        (
+            {"rp": 2, "ep": 4},
+            4,
+            r"ep \* etp = 4 does not divide the 2 processes that hold the same",
+        ),
     ],
 )
 def test_processes_must_fill_the_axes(
@@ -102,8 +111,8 @@ class Nest:
 
 def send_around() -> list[Any]:
     mesh = Mesh(ParallelConfig(pp=2))
-    channel = Channel(mesh.pp, mesh.pp_back, torch.device("cpu"))
-    if mesh.pp.rank == 0:
+    channel = Channel(mesh.depth, *directed(mesh, [(0, 1), (1, 0)]), torch.device("cpu"))
+    if mesh.depth.rank == 0:
         twice = torch.ones(2, 3, requires_grad=True) * 2
         ids = torch.tensor([[1, -1]])
         nest = Nest(twice, {"a": twice, 5: ids, "b": torch.zeros(0, 4)}, 7)

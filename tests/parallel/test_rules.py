@@ -34,6 +34,7 @@ def problems(model: dict[str, Any], parallel: dict[str, Any], **asked: Any) -> l
     return [f"{path}: {message}" for path, message in layout_problems(found)]
 
 
+DEPTH = model_tree()["depth"]
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "heads": ({}, {"tp": 3}, "parallel.tp: 3 does not divide 4 attention heads"),
     "key-value heads": (
@@ -150,6 +151,54 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"pp": 2, "pipeline": {"schedule": "zero_bubble"}},
         "parallel.pipeline.schedule: zero_bubble puts off the gradients of weights",
     ),
+    "no ring": ({}, {"ring": {"live": 4}}, "parallel.ring: rp is 1, so there is no ring"),
+    "ring and pipeline": ({}, {"rp": 2, "pp": 2}, "parallel.rp: a ring takes the place of a pip"),
+    "ring of several loops": (
+        {"depth": {"num_layers": 8, "sharing": "cycle", "num_recursions": 2, "groups": 2}},
+        {"rp": 2},
+        "parallel.rp: the loops of sharing cycle with 2 groups follow each other; a ring goes",
+    ),
+    "slices": ({}, {"rp": 3}, "parallel.rp: 3 slices, but the block that is repeated has 2 layers"),
+    "costs of a ring": (
+        {},
+        {"rp": 2, "ring": {"costs": [1.0]}},
+        "parallel.ring.costs: 1 numbers, but the model has 4 layers and a head",
+    ),
+    "ring with exits": (
+        {"exits": {"after": [3]}},
+        {"rp": 2},
+        "parallel.rp: exits read the stream at more places than the end of a ring",
+    ),
+    "ring of fsdp2": (
+        {},
+        {"rp": 2, "data": "fsdp2"},
+        "parallel.data: fsdp2 would gather a slice for every visit to it; use zero1",
+    ),
+    "merge without routing": (
+        {"depth": {"num_layers": 4, "sharing": "cycle", "num_recursions": 2}},
+        {"rp": 2, "ring": {"merge": True}},
+        "parallel.ring.merge: without depth.router all passes have as many tokens",
+    ),
+    "merge with shared keys": (
+        {"depth": DEPTH | {"kv": "hybrid"}},
+        {"rp": 2, "ring": {"merge": True}},
+        "parallel.ring.merge: layers keep keys for their next pass (depth.kv: hybrid)",
+    ),
+    "merge with scores of the pass before": (
+        {"ffn": routed(router={"scorer": {"kind": "linear", "gating_residual": "prev_depth"}})},
+        {"rp": 2, "ring": {"merge": True}},
+        "parallel.ring.merge: layers keep scores for their next pass (prev_depth)",
+    ),
+    "merge with placed documents": (
+        {},
+        {"rp": 2, "cp": 2, "ring": {"merge": True}, "context": {"adaptive": True}},
+        "parallel.ring.merge: context.adaptive places the rows of a chunk anew",
+    ),
+    "deepspeed on a ring": (
+        {},
+        {"engine": "deepspeed", "rp": 2},
+        "parallel.rp: 2 with engine deepspeed: it reduces gradients within a backward pass",
+    ),
     "replicas": (
         {},
         {"dp_replicate": 2},
@@ -176,6 +225,7 @@ LEGAL: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"ffn": routed(router=GROUPS)}, {"ep": 4}),
     ({"depth": {"num_layers": 4}}, {"pp": 2, "pipeline": {"schedule": "zero_bubble"}}),
     ({}, {"data": "fsdp2", "dp_replicate": 2}),
+    ({}, {"rp": 2, "tp": 2, "cp": 2, "ep": 2, "ring": {"costs": [1, 1, 1, 1, 2], "merge": True}}),
     ({}, {"pp": 2, "pipeline": {"costs": [1, 1, 1, 1, 2]}}),
 ]
 

@@ -1,4 +1,4 @@
-"""Models and layouts whose products must all give what one process gives, and how that is seen."""
+"""Layouts whose products with models must all give what one process gives, and how that is seen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moebius.model.config import ModelConfig
 from moebius.model.context import Recompute, StepContext
 from moebius.model.decoder import Decoder
 from moebius.model.executor import TokenBatch
@@ -23,95 +22,13 @@ from moebius.parallel.config import ParallelConfig
 from moebius.parallel.layout import Layout
 from moebius.parallel.rules import Asked, layout_problems
 from tests.model.helpers import batch_of, rows_of
-from tests.model.recursion.systems import depth, expert, token
+from tests.parity.models import VOCABULARY, model_of
 
-VOCABULARY, WIDTH, LENGTH = 32, 16, 24
+LENGTH = 24
 RATE = 0.05
 CLIPS = (1e9, 0.05)
 """of two steps: the first leaves gradients as they are, the second clips them"""
 FIRST_STEP = 20
-DENSE: dict[str, Any] = {"kind": "dense", "intermediate_size": 24}
-ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
-FFN = {"kind": "ffn", "count": 4, "intermediate_size": 8}
-SWITCH = {"kind": "switch", "scope": "sequence", "coefficient": 0.1}
-Z_LOSS = {"kind": "z", "coefficient": 0.01}
-
-
-def moe(experts: Iterable[dict[str, Any]], selector: dict[str, Any], **fields: Any) -> Any:
-    """A mixture of experts."""
-    router = {"selector": selector, "losses": [SWITCH, Z_LOSS]} | fields.pop("router", {})
-    return {"kind": "moe", "experts": list(experts), "router": router} | fields
-
-
-TOP_2 = {"kind": "top_k", "top_k": 2}
-MOEPP = moe(
-    [FFN, {"kind": "constant", "count": 2}, {"kind": "copy"}, {"kind": "zero"}],
-    TOP_2,
-    router={"scorer": {"kind": "linear", "gating_residual": "prev_layer"}},
-)
-V3 = moe(
-    [{**FFN, "count": 8}],
-    {"kind": "top_k", "top_k": 3},
-    shared={"intermediate_size": 8},
-    router={
-        "norm": {"kind": "sigmoid"},
-        "weights": {"kind": "renormalize"},
-        "candidates": [{"kind": "groups", "num_groups": 4, "keep": 2, "score_top": 2}],
-        "losses": [{**SWITCH, "scope": "global"}],
-        "controllers": [{"kind": "bias", "rate": 0.01}],
-    },
-)
-TOP_P = moe(
-    [FFN, {"kind": "zero", "count": 2}],
-    {"kind": "top_p", "threshold": 0.5},
-    router={"controllers": [{"kind": "target_k", "target": 2.0}]},
-)
-MIXED = moe(
-    [
-        FFN,
-        {"kind": "ffn", "count": 4, "intermediate_size": 16},
-        {"kind": "low_rank", "count": 4, "intermediate_size": 4, "scale": 0.5},
-        {"kind": "copy"},
-    ],
-    TOP_2,
-    router={"capacity": {"factor": 1.1}, "scorer": {"kind": "gru", "state_size": 8}},
-)
-MODELS: dict[str, dict[str, Any]] = {
-    "dense": {"tie_embeddings": False},
-    "moepp": {"ffn": MOEPP},
-    "top_p": {"ffn": TOP_P},
-    "v3": {"ffn": V3 | {"dense": {"layers": [0], "intermediate_size": 24}}},
-    "mixed": {"ffn": MIXED},
-    "mor": {"depth": depth(router=expert())},
-    "mor_document": {"depth": depth(router=expert(scope="document", causal={"kind": "router"}))},
-    "mor_token": {"depth": depth(router=token({"kind": "bias", "rate": 0.01}))},
-    "mor_hybrid": {"depth": depth(router=expert(), kv="hybrid")},
-    "mor_shared": {"depth": depth(router=expert(), kv="shared_first")},
-    "deep": {"attention": ATTENTION | {"depth_attention": {}}},
-    "exits": {
-        "depth": depth(router=expert()),
-        "exits": {"after": [2, 3], "coefficient": 0.5, "self_distillation": 0.5},
-    },
-    "moepp_mor": {"ffn": MOEPP, "depth": depth(2, 2, router=expert())},
-    "v3_token": {"ffn": V3, "depth": depth(2, router=token())},
-    "mixture": {
-        "attention": {
-            "kind": "mixture",
-            "num_experts": 3,
-            "num_heads": 2,
-            "num_kv_heads": 1,
-            "head_dim": 4,
-            "router": {"losses": [SWITCH]},
-        },
-        "ffn": moe([FFN, {"kind": "copy"}], TOP_2, reuse=2, chain={"iterations": 2}),
-    },
-    "lora": {"depth": depth(2, adapter={"kind": "lora", "rank": 4})},
-    "bdh": {
-        "attention": {"kind": "bdh", "num_heads": 4, "neurons": 8},
-        "ffn": {"kind": "none"},
-        "depth": {"num_layers": 4, "sharing": "cycle", "num_recursions": 4},
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -289,20 +206,6 @@ def combinations() -> dict[str, Case]:
 
 
 COMBINATIONS = combinations()
-
-
-@cache
-def model_of(name: str) -> ModelConfig:
-    """The configuration of a model."""
-    tree = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "attention": ATTENTION,
-        "ffn": DENSE,
-        "depth": {"num_layers": 4},
-        "init_std": 0.2,
-    }
-    return ModelConfig.model_validate(tree | MODELS[name])
 
 
 @cache

@@ -6,11 +6,11 @@ from pathlib import Path
 from tests.parity.layouts import (
     COMBINATIONS,
     LAYOUTS,
-    MODELS,
     case_of,
     is_tried,
     refusal,
 )
+from tests.parity.models import MODELS
 
 PATH = Path(__file__).parents[2] / "docs" / "layouts.md"
 HEAD = """# Layouts

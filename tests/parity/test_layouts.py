@@ -17,13 +17,13 @@ from tests.parity.forks import run_forked
 from tests.parity.layouts import (
     COMBINATIONS,
     LAYOUTS,
-    MODELS,
     Case,
     case_of,
     is_tried,
     refusal,
     train,
 )
+from tests.parity.models import MODELS
 
 TOLERANCE = 1e-7
 """of numbers that routers hold in fp32; everything else is within 1e-11"""
@@ -67,7 +67,11 @@ def assert_equal(got: dict[str, Any], expected: dict[str, Any], tolerance: float
 
 def check(layout: str, name: str) -> None:
     """All processes of a layout against one."""
-    case = case_of(layout, name)
+    check_case(name, case_of(layout, name))
+
+
+def check_case(name: str, case: Case) -> None:
+    """The same for a layout without a name."""
     for result in run_forked(case.processes, train, name, case):
         assert_equal(result, reference(name, case.rows, case.clips), TOLERANCE)
 

@@ -3,7 +3,8 @@
 import re
 
 from tests.parity import test_layouts
-from tests.parity.layouts import COMBINATIONS, LAYOUTS, MAIN, MODELS, refusal
+from tests.parity.layouts import COMBINATIONS, LAYOUTS, MAIN, refusal
+from tests.parity.models import MODELS
 from tests.parity.table import PATH, lines
 
 

@@ -1,0 +1,72 @@
+"""Gradients of models whose looped block goes around a ring."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebius.model.context import StepContext
+from moebius.model.decoder import Decoder
+from moebius.model.executor import LocalExecutor
+from moebius.model.ledger import Ledger
+from moebius.parallel.config import ParallelConfig, RingConfig
+from moebius.parallel.engine import ReplicatedEngine, of_all_stages
+from moebius.parallel.layout import Layout
+from moebius.parallel.ring.executor import RingExecutor
+from tests.parity.layouts import FIRST_STEP, LENGTH, Rows, decoder_of, documents, sgd
+
+ROWS = 7
+"""micro-batches of one row: not a multiple of 2, 3 or 4"""
+
+
+def context() -> StepContext:
+    """Of a step of training."""
+    return StepContext("topk", Ledger(), step=FIRST_STEP, seed=7, training=True)
+
+
+def arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """As numpy has them."""
+    return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
+
+
+@cache
+def local_gradients(name: str) -> dict[str, Any]:
+    """Of one process, all rows at once, and the loss."""
+    decoder = decoder_of(name, torch.float32)
+    result = LocalExecutor(decoder).accumulate_gradients([documents(ROWS)], context())
+    found = {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
+    return arrays(found | {"loss": result.loss})
+
+
+def ring_gradients(
+    name: str, options: dict[str, Any], rings: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The same on a layout with `rp`, once for each way to go around."""
+    config = ParallelConfig.model_validate(options | {"data": "ddp"})
+    decoder = decoder_of(name, torch.float32)
+    layout = Layout(decoder, config, sgd, LENGTH)
+    found = []
+    for ring in rings:
+        decoder.zero_grad()
+        found.append(_gradients(layout, decoder, RingConfig.model_validate(ring)))
+    return found
+
+
+def _gradients(layout: Layout, decoder: Decoder, config: RingConfig) -> dict[str, Any]:
+    given = layout.executor
+    assert isinstance(given, RingExecutor)
+    assert isinstance(layout.engine, ReplicatedEngine)
+    layout.config = layout.config.model_copy(update={"ring": config})
+    layout.executor = RingExecutor(given.local, given.ring, given.costs, given.channel, config)
+    batch = Rows(**vars(documents(ROWS)))
+    parts = [batch.rows(*part) for part in layout.row_ranges(ROWS, 1)]
+    result = layout.accumulate_gradients(parts, batch.labels_BS.numel(), context())
+    layout.engine.reduce()
+    own = {
+        p.name: p.placement.join(p.parameter.grad)
+        for p in layout.engine.placed
+        if p.parameter.grad is not None
+    }
+    return arrays(of_all_stages(own, layout.mesh) | {"loss": result.loss})

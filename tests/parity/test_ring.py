@@ -1,0 +1,119 @@
+"""Recursion parallelism gives what one process gives."""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parity.forks import run_forked
+from tests.parity.layouts import CLIPS, Case, has_state
+from tests.parity.models import PASSES, RING_MODELS, ring_name
+from tests.parity.rings import ROWS, local_gradients, ring_gradients
+from tests.parity.test_layouts import check_case
+
+TOLERANCE = 1e-6
+"""absolute, of gradients in fp32"""
+GRID = list(product((2, 3, 4), PASSES, (False, True), ("dense", "moepp")))
+
+
+def rings(num_ranks: int) -> list[dict[str, Any]]:
+    """Every number of live micro-batches, with and without recomputation."""
+    numbers = sorted({2, num_ranks, min(2 * num_ranks, ROWS), ROWS})
+    return [{"live": live, "recompute": again} for live, again in product(numbers, (True, False))]
+
+
+def check_gradients(
+    name: str, processes: int, options: dict[str, Any], rings: list[dict[str, Any]]
+) -> None:
+    """Those of every process against those of one alone, in fp32."""
+    expected = local_gradients(name)
+    for results in run_forked(processes, ring_gradients, name, options, rings, timeout=240.0):
+        for ring, got in zip(rings, results, strict=True):
+            assert got.keys() == expected.keys()
+            errors = {key: np.abs(got[key] - value).max() for key, value in expected.items()}
+            assert max(errors.values()) <= TOLERANCE, (ring, errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "passes", "is_routed", "block"), GRID)
+def test_gradients(num_ranks: int, passes: int, is_routed: bool, block: str) -> None:
+    name = ring_name(block, passes, is_routed)
+    check_gradients(name, num_ranks, {"rp": num_ranks}, rings(num_ranks))
+
+
+BESIDE: dict[str, dict[str, Any]] = {"dp": {}, "tp": {"tp": 2}, "ep": {"ep": 2}}
+"""what two processes for each slice do"""
+MERGED: list[dict[str, Any]] = [
+    {"merge": True, "live": 2, "recompute": False},
+    {"merge": True},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_ranks", "axis", "is_routed", "block"),
+    [
+        (num_ranks, axis, is_routed, block)
+        for num_ranks, axis, is_routed, block in product(
+            (2, 3, 4), BESIDE, (False, True), ("dense", "moepp")
+        )
+        if (axis != "ep" or block == "moepp")
+        and (num_ranks == 2 or (is_routed and block == "moepp"))
+    ],
+)
+def test_gradients_beside_another_axis(
+    num_ranks: int, axis: str, is_routed: bool, block: str
+) -> None:
+    name, options = ring_name(block, 3, is_routed), BESIDE[axis] | {"rp": num_ranks}
+    ways = [{"live": num_ranks}, {"live": ROWS, "recompute": False}, *MERGED[: int(is_routed)]]
+    check_gradients(name, 2 * num_ranks, options, ways)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_gradients_of_merged_chunks(num_ranks: int) -> None:
+    """Three micro-batches go home together, and in three, two and one chunks through the passes."""
+    check_gradients(ring_name("moepp", 3, True), num_ranks, {"rp": num_ranks}, MERGED)
+
+
+STEPS: dict[str, tuple[str, Case]] = {
+    "moepp": ("ring-moepp-2-routed", Case(2, {"rp": 2}, rows=5, micro_batch=1)),
+    "unrouted": ("ring-moepp-2", Case(3, {"rp": 3}, rows=4, micro_batch=1)),
+    "few": ("ring-dense-3-routed", Case(3, {"rp": 3, "data": "ddp"}, rows=2, micro_batch=1)),
+    "zero1": ("ring-moepp-2-routed", Case(4, {"rp": 2}, rows=5, micro_batch=1)),
+    "sp": ("ring-moepp-2-routed", Case(4, {"rp": 2, "tp": 2}, rows=3, micro_batch=1)),
+    "cp": ("ring-moepp-2-routed", Case(4, {"rp": 2, "cp": 2}, rows=3, micro_batch=1)),
+    "tp": (
+        "ring-dense-2-routed",
+        Case(4, {"rp": 2, "tp": 2, "sequence_parallel": False}, rows=3, micro_batch=1),
+    ),
+    "ep": ("ring-token", Case(4, {"rp": 2, "ep": 2}, rows=5, micro_batch=1)),
+    "ep-sp": ("ring-moepp-2-routed", Case(8, {"rp": 2, "tp": 2, "ep": 2}, rows=5, micro_batch=1)),
+    "recompute": (
+        "ring-moepp-2-routed",
+        Case(2, {"rp": 2}, rows=3, micro_batch=1, recompute="full"),
+    ),
+} | {
+    name: (name, Case(3, {"rp": 3}, rows=4, micro_batch=1))
+    for name in RING_MODELS
+    if name.count("-") == 1 or name == "ring-prev_depth-unrouted"
+}
+QUICK = ("moepp", "sp", "ring-token", "ring-prev_depth", "ring-hybrid")
+
+
+def check_steps(name: str) -> None:
+    model, case = STEPS[name]
+    clips = CLIPS if has_state(model) else CLIPS[1:]
+    check_case(model, Case(**vars(case) | {"clips": clips}))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_steps(name: str) -> None:
+    """Losses, updates, norms, statistics, controllers' state and evaluation, in fp64."""
+    check_steps(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in STEPS if name not in QUICK])
+def test_steps_too(name: str) -> None:
+    check_steps(name)
