@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from moebius.model.context import StepContext
-from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
 from moebius.parallel.config import ParallelConfig, RingConfig
@@ -32,16 +31,16 @@ def arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 @cache
-def local_gradients(name: str) -> dict[str, Any]:
+def local_gradients(name: str, rows: int = ROWS) -> dict[str, Any]:
     """Of one process, all rows at once, and the loss."""
     decoder = decoder_of(name, torch.float32)
-    result = LocalExecutor(decoder).accumulate_gradients([documents(ROWS)], context())
+    result = LocalExecutor(decoder).accumulate_gradients([documents(rows)], context())
     found = {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
     return arrays(found | {"loss": result.loss})
 
 
 def ring_gradients(
-    name: str, options: dict[str, Any], rings: Sequence[dict[str, Any]]
+    name: str, options: dict[str, Any], rings: Sequence[dict[str, Any]], rows: int = ROWS
 ) -> list[dict[str, Any]]:
     """The same on a layout with `rp`, once for each way to go around."""
     config = ParallelConfig.model_validate(options | {"data": "ddp"})
@@ -50,18 +49,18 @@ def ring_gradients(
     found = []
     for ring in rings:
         decoder.zero_grad()
-        found.append(_gradients(layout, decoder, RingConfig.model_validate(ring)))
+        found.append(_gradients(layout, RingConfig.model_validate(ring), rows))
     return found
 
 
-def _gradients(layout: Layout, decoder: Decoder, config: RingConfig) -> dict[str, Any]:
+def _gradients(layout: Layout, config: RingConfig, rows: int) -> dict[str, Any]:
     given = layout.executor
     assert isinstance(given, RingExecutor)
     assert isinstance(layout.engine, ReplicatedEngine)
     layout.config = layout.config.model_copy(update={"ring": config})
     layout.executor = RingExecutor(given.local, given.ring, given.costs, given.channel, config)
-    batch = Rows(**vars(documents(ROWS)))
-    parts = [batch.rows(*part) for part in layout.row_ranges(ROWS, 1)]
+    batch = Rows(**vars(documents(rows)))
+    parts = [batch.rows(*part) for part in layout.row_ranges(rows, 1)]
     result = layout.accumulate_gradients(parts, batch.labels_BS.numel(), context())
     layout.engine.reduce()
     own = {

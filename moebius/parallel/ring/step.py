@@ -82,8 +82,6 @@ class RingStep:
         self.left: dict[int, Carry] = {}
         """by micro-batch, what its layers keep for the next pass"""
         self.contexts: dict[tuple[int, int, int], TokenContext] = {}
-        self.done: list[Event] = []
-        """events as they were executed"""
 
     def run(self, timeline: Timeline) -> None:
         """Every event of this process, in order."""
@@ -94,7 +92,6 @@ class RingStep:
             if event.rank == rank:
                 self.mail.begin(number)
                 self.do(event)
-                self.done.append(event)
         self.mail.close()
 
     def do(self, event: Event) -> None:
@@ -210,15 +207,16 @@ class RingStep:
         size = self.ways[number][event.stop].num_chunks
         start, end = self._chunk_rows(number, event.chunk, size)
         visits = self.ring.visits(place)
+        goes_home = self.ways[number][event.stop + 1].is_home
 
         def visit(step: StepContext) -> tuple[Parcel, Carry]:
             with self.local.autocast(parcel.x_BKD.device):
                 rows = tokens = self._tokens(number, start, end)
                 own_BK, before = None, left or Carry()
                 if parcel.index_BK is not None:
-                    index_BK = parcel.index_BK.long()
-                    tokens = rows.take(index_BK, parcel.expected)
-                    own_BK = rows.spread.own_places(index_BK, rows.num_slots)
+                    whole_BK = parcel.index_BK.long()
+                    tokens = rows.take(whole_BK, parcel.expected)
+                    own_BK = rows.spread.own_places(whole_BK, rows.num_slots)
                     before = before.take(own_BK)
                 carry = parcel.carry.joined(before)
                 x_BKD, carry = self.local.visit(parcel.x_BKD, carry, tokens, visits, step)
@@ -226,7 +224,8 @@ class RingStep:
                 if own_BK is not None:
                     length = rows.num_slots // rows.spread.num_shards
                     own = (left or Carry()).put(own_BK, own, length)
-            return replace(parcel, x_BKD=x_BKD, carry=onward), own
+            index_BK = None if goes_home else parcel.index_BK  # home has not forgotten it
+            return Parcel(x_BKD, onward, index_BK, parcel.expected), own
 
         return visit
 

@@ -209,6 +209,52 @@ class _Planner:
             yield target, chunk, event.is_forward
 
 
+def simulate(
+    ways: Sequence[Way],
+    orders: Sequence[Sequence[tuple[bool, int, int, int]]],
+    latency: float = 0.0,
+) -> Timeline:
+    """The timeline of given orders: by process, (is_forward, micro_batch, stop, chunk).
+
+    Raises ValueError where processes would wait for each other.
+    """
+    clocks, next_ = [0.0] * len(orders), [0] * len(orders)
+    ends: dict[tuple[bool, int, int, int], Event] = {}
+    events: list[Event] = []
+    while len(events) < sum(map(len, orders)):
+        before = len(events)
+        for rank, order in enumerate(orders):
+            while next_[rank] < len(order):
+                is_forward, number, stop, chunk = order[next_[rank]]
+                way = ways[number]
+                needed = [ends.get(key) for key in _before(way, *order[next_[rank]])]
+                if None in needed:
+                    break
+                arrivals = [e.end + latency * (e.rank != rank) for e in needed if e is not None]
+                start = max([clocks[rank], *arrivals])
+                time = way[stop].forward if is_forward else way[stop].backward
+                event = Event(start, start + time, rank, is_forward, number, stop, chunk)
+                ends[is_forward, number, stop, chunk] = event
+                events.append(event)
+                clocks[rank] = event.end
+                next_[rank] += 1
+        if len(events) == before:
+            raise ValueError(f"processes wait for each other after {len(events)} events")
+    return Timeline(tuple(ways), len(orders), tuple(events))
+
+
+def _before(
+    way: Way, is_forward: bool, number: int, stop: int, chunk: int
+) -> Iterator[tuple[bool, int, int, int]]:
+    """The work that some work needs the results of."""
+    source = stop - 1 if is_forward else stop + 1
+    if not is_forward:
+        yield True, number, stop, chunk
+    if 0 <= source < len(way):
+        for other in feeds(way, source, stop, chunk):
+            yield is_forward, number, source, other
+
+
 def feeds(way: Way, source: int, target: int, chunk: int) -> range:
     """Chunks at one stop that have rows of a chunk at another; a stop feeds its own chunk."""
     if source == target:
