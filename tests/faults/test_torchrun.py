@@ -1,10 +1,12 @@
 """Real launches: torchrun, several processes, one of them killed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +80,60 @@ def test_a_killed_worker_is_restarted(run_tree: dict[str, Any], tmp_path: Path) 
         config = write_config(tree | {"run_dir": str(folder)}, tmp_path / f"{name}.yaml")
         launcher = launch(config, 4, "--max-restarts=1")
         if name == "killed":
-            kill_one(launcher, folder / "checkpoints" / "step-00000010")
+            kill_one(launcher, (folder / "checkpoints" / "step-00000010").exists)
         output, errors = launcher.communicate(timeout=300)
         assert launcher.returncode == 0, errors
         assert output.count("continuing after step") == (name == "killed"), output
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
 
 
-def kill_one(launcher: subprocess.Popen[str], checkpoint: Path) -> None:
-    """Kill a worker once there is a checkpoint."""
+def kill_one(launcher: subprocess.Popen[str], is_time: Callable[[], bool]) -> None:
+    """Kill the last worker when it is time."""
     deadline = time.monotonic() + 240
-    while not checkpoint.exists():
+    while not is_time():
         assert launcher.poll() is None, launcher.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(workers_of(launcher.pid)[2], signal.SIGKILL)
+    os.kill(workers_of(launcher.pid)[-1], signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_ring_killed_in_a_step_goes_on_as_a_ring_and_as_one(
+    run_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """SIGKILL between two checkpoints: both continuations have the losses of an unbroken run."""
+    tree = run_tree | {
+        "train": run_tree["train"] | {"num_steps": 20, "micro_batch_size": 1},
+        "checkpoint": {"interval": 5, "keep": 2},
+        "parallel": {"rp": 2},
+    }
+    configs = {
+        name: write_config(tree | {"run_dir": str(tmp_path / name)}, tmp_path / f"{name}.yaml")
+        for name in ("whole", "killed")
+    }
+    launcher = launch(configs["whole"], 2)
+    output, errors = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, errors
+    assert "home of every micro-batch in turn" in output
+
+    launcher = launch(configs["killed"], 2)
+    kill_one(launcher, lambda: (tmp_path / "killed").exists() and has_step(tmp_path / "killed", 12))
+    launcher.communicate(timeout=300)
+    assert launcher.returncode != 0
+    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+
+    launcher = launch(configs["killed"], 2)
+    output, errors = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, errors
+    assert "continuing after step 10" in output
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+
+    alone = train_run(config_in(tree, tmp_path / "alone", parallel={}))
+    assert alone.step == 20
+    assert_same_course(steps_of(tmp_path / "alone"), steps_of(tmp_path / "whole"))
+
+
+def has_step(folder: Path, step: int) -> bool:
+    """Whether a step has been reported."""
+    path = folder / "metrics.jsonl"
+    return path.exists() and f'"step": {step},' in path.read_text()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from moebius.model.context import StepContext
+from moebius.model.context import StepContext, TokenContext
 from moebius.model.executor import LocalExecutor, StepResult, TokenBatch
 from moebius.model.objective import TeacherModel
 from moebius.parallel.batch import row_ranges
@@ -73,10 +73,64 @@ class RingExecutor:
         rows, size = len(batch.tokens_BS), self.ring.num_ranks
         parts = [row_ranges(rows, max(rows, 1), number, size)[0] for number in range(size)]
         micro_batches = [batch.rows(start, end) for start, end in parts]
-        num_labels = max(batch.labels_BS.numel(), 1)
-        run = RingStep(self, micro_batches, replace(step, training=False), None, num_labels)
+        run = RingStep(self, micro_batches, replace(step, training=False))
+        run.read = self.local.final_token_losses
         run.run(self.timeline(size, trains=False))
-        return {len(self.local.program.visits): torch.cat(run.token_losses)}
+        losses = [run.found[number] for number in sorted(run.found)]
+        return {len(self.local.program.visits): torch.cat(losses)}
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Tensor], step: StepContext) -> dict[int, Tensor]:
+        """Logits `[V]` after prompts that are at home here, ids `[S]` of one document each.
+
+        With a cache in `step`, the keys and values that layers of this process have made are in it
+        then, those of prompt n in slot n. Each prompt has its own length.
+        """
+        batches = [_Prompt(ids_S.unsqueeze(0)) for ids_S in prompts]
+        run = RingStep(self, batches, replace(step, training=False))
+        for number, batch in enumerate(batches):
+            slot_B = torch.tensor([number], device=batch.tokens_BS.device)
+            tokens = replace(self.local.tokens(batch), slots_B=slot_B)
+            run.contexts[number, 0, 1] = tokens
+        run.read = self._last_logits
+        run.run(self.timeline(len(batches), trains=False))
+        return run.found
+
+    def _last_logits(self, batch: TokenBatch, tokens: TokenContext, x_BSD: Tensor) -> Tensor:
+        decoder = self.local.decoder
+        return decoder.logits(decoder.norm(x_BSD[:, -1:]))[0, 0]
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A row of one document, as a batch."""
+
+    tokens_BS: Tensor
+
+    @property
+    def labels_BS(self) -> Tensor:
+        """Nobody asks for them."""
+        return self.tokens_BS
+
+    @property
+    def segment_ids_BS(self) -> Tensor:
+        """One document."""
+        return torch.zeros_like(self.tokens_BS)
+
+    @property
+    def positions_BS(self) -> Tensor:
+        """From its beginning."""
+        place_S = torch.arange(self.tokens_BS.shape[1], device=self.tokens_BS.device)
+        return place_S.expand_as(self.tokens_BS)
+
+    @property
+    def sample_ids_B(self) -> Tensor:
+        """It is none of the stream's samples."""
+        return self.segment_ids_BS[:, 0]
+
+    def rows(self, start: int, end: int) -> _Prompt:
+        """Some of the rows."""
+        return _Prompt(self.tokens_BS[start:end])
 
 
 def plan_ring(

@@ -59,8 +59,8 @@ class RingStep:
         executor: RingExecutor,
         micro_batches: Sequence[TokenBatch],
         step: StepContext,
-        teacher: TeacherModel | None,
-        num_labels: int,
+        teacher: TeacherModel | None = None,
+        num_labels: int = 1,
     ) -> None:
         self.ring = executor.ring
         self.local = executor.local
@@ -73,8 +73,10 @@ class RingStep:
         self.trains = step.training
         self.places = self.ring.places
         self.losses: dict[str, Tensor] = {}
-        self.token_losses: list[Tensor] = []
-        """of micro-batches at home here, where nothing is trained"""
+        self.read: Callable[[TokenBatch, TokenContext, Tensor], Tensor] | None = None
+        """where nothing is trained, what is made of the stream behind the last visit"""
+        self.found: dict[int, Tensor] = {}
+        """that, by micro-batches that are at home here"""
         self.ledgers: dict[Key, Ledger] = {}
         self.works: dict[Key, Work] = {}
         self.waiting: dict[int, Entered] = {}
@@ -117,7 +119,7 @@ class RingStep:
             if depth > self.ring.num_passes:
                 for unit in self.ring.back:
                     flow = self.local.run(unit, flow, tokens, step)
-                self._end(batch, tokens, flow, step, work)
+                self._end(number, tokens, flow, step, work)
                 return
             self._send_out(event, flow, tokens, step, work)
 
@@ -231,14 +233,15 @@ class RingStep:
 
     def _end(
         self,
-        batch: TokenBatch,
+        number: int,
         tokens: TokenContext,
         flow: Flow,
         step: StepContext,
         work: Work,
     ) -> None:
-        if not self.trains:
-            self.token_losses.append(self.local.final_token_losses(batch, tokens, flow.x_BSD))
+        batch = self.micro_batches[number]
+        if self.read is not None:
+            self.found[number] = self.read(batch, tokens, flow.x_BSD)
             return
         total, sums = self.local.final_loss(batch, tokens, flow.x_BSD, step, self.teacher)
         for name, value in sums.items():

@@ -4,9 +4,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from moebius.model.context import StepContext
+from moebius.model.executor import LocalExecutor
+from moebius.model.generation.cache import KVCache
+from moebius.model.generation.plain import document_logits
+from moebius.model.ledger import Ledger
 from moebius.model.program import kept_tokens
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.layout import Layout
@@ -15,8 +21,8 @@ from moebius.parallel.ring.step import RingStep
 from moebius.parallel.ring.timeline import Event
 from tests.parity.forks import run_forked
 from tests.parity.layouts import LENGTH, Rows, decoder_of, documents, sgd
-from tests.parity.models import WIDTH, ring_name
-from tests.parity.rings import context
+from tests.parity.models import VOCABULARY, WIDTH, ring_name
+from tests.parity.rings import arrays, context
 
 FLOAT, INT32 = 4, 4
 
@@ -160,3 +166,49 @@ def test_names_do_not_depend_on_the_ring() -> None:
     assert names[0] == names[1]
     results = run_forked(3, held, ring_name("moepp", 3, is_routed=False), {"rp": 3})
     assert set().union(*(sizes for _, _, sizes in results)) == names[0]
+
+
+PROMPTS = [torch.arange(1, length + 1) * 3 % VOCABULARY for length in (9, 4, 12, 7, 5)]
+
+
+def prefilled(name: str, num_ranks: int) -> tuple[dict[int, Any], dict[Any, Any], list[str]]:
+    """Logits of prompts at home here, keys in the cache, and the layers of this process."""
+    layout = built(name, rp=num_ranks)
+    executor = layout.executor
+    assert isinstance(executor, RingExecutor)
+    cache = KVCache(len(PROMPTS))
+    step = StepContext("threshold", Ledger(), seed=7, cache=cache)
+    logits = executor.prefill(PROMPTS, step)
+    return arrays(logits), keys_of(cache), list(layout.decoder.layers)
+
+
+def keys_of(cache: KVCache) -> dict[Any, Any]:
+    """By layer, pass and slot."""
+    return {
+        (*key, slot): entries.k[slot, : entries.count_N[slot]].numpy()
+        for key, entries in cache.entries.items()
+        if entries.k is not None
+        for slot in range(len(PROMPTS))
+    }
+
+
+@pytest.mark.parametrize("name", [ring_name("moepp", 3, is_routed=True), "ring-hybrid"])
+def test_prompts_go_around_the_ring(name: str) -> None:
+    """Logits, and the keys and values that each layer keeps for tokens to come."""
+    cache = KVCache(len(PROMPTS))
+    step = StepContext("threshold", Ledger(), seed=7, cache=cache)
+    local = LocalExecutor(decoder_of(name, torch.float32))
+    expected = {}
+    with torch.no_grad():
+        for number, ids_S in enumerate(PROMPTS):
+            slot_B = torch.tensor([number])
+            expected[number] = document_logits(local, ids_S[None], step, slot_B)[0, 0].numpy()
+    keys, found = keys_of(cache), {}
+    for logits, own, layers in run_forked(3, prefilled, name, 3):
+        found |= logits
+        for key, values in keys.items():
+            if key[0] in layers[1:-1]:  # the first and the last are at home
+                np.testing.assert_allclose(own[key], values, atol=1e-5)
+    assert found.keys() == expected.keys()
+    for number, values in expected.items():
+        np.testing.assert_allclose(found[number], values, atol=1e-5)
