@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from moebius.parallel.layout import Layout
+from moebius.parallel.ring.slices import Ring
 
 
 def explain(layout: Layout, processes_per_node: int) -> Iterator[str]:
@@ -18,6 +19,8 @@ def explain(layout: Layout, processes_per_node: int) -> Iterator[str]:
         ends = ["embedding"] * stage.is_first, ["head"] * stage.is_last
         process = stage.number % layout.mesh.depth.size
         yield f"stage {stage.number} on pp {process}: {' '.join([*ends[0], *visits, *ends[1]])}"
+    if layout.ring is not None:
+        yield from ring_lines(layout.ring)
     held = sum(elements_here(p) for p in layout.decoder.parameters())
     groups = layout.engine.optimizer.param_groups
     updated = sum(elements_here(p) for group in groups for p in group["params"])
@@ -25,6 +28,13 @@ def explain(layout: Layout, processes_per_node: int) -> Iterator[str]:
         f"rank {layout.mesh.rank} holds {held:,} of {layout.num_parameters:,} parameters "
         f"and updates {updated:,}"
     )
+
+
+def ring_lines(ring: Ring) -> Iterator[str]:
+    """Who has which slice, and where the rest is."""
+    for number, layers in enumerate(ring.slices):
+        yield f"slice {number} on rp {number}: layers {', '.join(layers)}, {ring.num_passes} passes"
+    yield f"rp 0 to {ring.num_ranks - 1} are the home of every micro-batch in turn, with all else"
 
 
 def elements_here(parameter: Tensor) -> int:

@@ -114,7 +114,7 @@ def test_a_ring_killed_in_a_step_goes_on_as_a_ring_and_as_one(
     launcher = launch(configs["whole"], 2)
     output, errors = launcher.communicate(timeout=300)
     assert launcher.returncode == 0, errors
-    assert "home of every micro-batch in turn" in output
+    assert "are the home of every micro-batch in turn" in output
 
     launcher = launch(configs["killed"], 2)
     kill_one(launcher, lambda: (tmp_path / "killed").exists() and has_step(tmp_path / "killed", 12))

@@ -76,8 +76,8 @@ def corpus(folder: Path) -> Manifest:
 
 
 def preset(name: str, folder: Path) -> RunConfig:
-    """A preset with its run and its corpus in a folder of the test's, most with half of their batch,
-    which saves half of their time."""
+    """A preset with its run and its corpus in a folder of the test's; most take half of their
+    batch, which saves half of their time."""
     overrides = [f"run_dir={folder / name}", f"data.dir={folder / 'data'}"]
     if name not in WHOLE_BATCH:
         overrides += ["train.batch_size=8", "train.micro_batch_size=4"]

@@ -1,11 +1,15 @@
 """moebius describe: the Program of a config as a table, its parameters and its cost."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from moebius.errors import LayoutError
+from moebius.files import write_whole
 from moebius.model.block import Block
 from moebius.model.config import ModelConfig
 from moebius.model.cost import (
@@ -19,9 +23,18 @@ from moebius.model.decoder import Decoder
 from moebius.model.mixture_attention import MixtureAttention
 from moebius.model.moe.layer import MoE
 from moebius.model.recursion.config import ExpertChoiceConfig, TokenChoiceConfig
+from moebius.parallel.batch import row_ranges
+from moebius.parallel.explain import ring_lines
+from moebius.parallel.ring.advice import Job, Machine, Price, gigabytes, prices, recommend
+from moebius.parallel.ring.executor import plan_ring
+from moebius.parallel.ring.picture import characters, svg
+from moebius.parallel.ring.slices import cut_ring
+from moebius.trainer.config import RunConfig
 from moebius.trainer.config_file import load_config
 
 TABLE_WIDTH = 100
+PLAN_WIDTH = 88
+"""characters of a timeline"""
 COLUMNS = ("visit", "layer", "depth", "share", "tokens", "experts", "parameters", "MFLOP/tok")
 
 
@@ -29,6 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`moebius describe CONFIG [path.to.option=value ...]`."""
     parser.add_argument("config", help="run file, for example configs/moepp_mor.yaml")
     parser.add_argument("overrides", nargs="*", help="options of the file: model.hidden_size=512")
+    parser.add_argument(
+        "--processes", type=int, help="price layouts of so many for a looped block; default: rp"
+    )
+    parser.add_argument(
+        "--memory", type=float, default=80.0, help="GB that a process has; default: 80"
+    )
+    parser.add_argument(
+        "--flops-per-byte",
+        type=float,
+        default=2000.0,
+        help="FLOPs of a process in the time in which it sends a byte; default: 2000",
+    )
+    parser.add_argument("--timeline", metavar="FILE", help="draw the plan of a ring as SVG")
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
@@ -42,7 +68,62 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     console.print(program_table(decoder, length))
     for line in summary(decoder, length):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _describe_layouts(config, decoder, arguments, console)
     return 0
+
+
+def _describe_layouts(
+    config: RunConfig, decoder: Decoder, arguments: argparse.Namespace, console: Console
+) -> None:
+    """The plan of a ring, and what so many processes cost in other layouts."""
+    parallel, length = config.parallel, config.data.sequence_length
+    size = arguments.processes or parallel.rp
+    if arguments.timeline and parallel.rp == 1:
+        raise LayoutError("--timeline: parallel.rp is 1, so there is no ring", "set parallel.rp=2")
+    if size == 1:
+        return
+    rows = config.train.micro_batch_size or config.train.batch_size
+    job = Job(size, len(row_ranges(config.train.batch_size, rows, 0, 1)), rows, length)
+    machine = Machine(arguments.flops_per_byte, 1e9 * arguments.memory)
+    try:
+        found = prices(decoder, job, machine, parallel.ring)
+    except ValueError as error:
+        raise LayoutError(f"--processes: {size}, but {error}", "try fewer") from None
+    if parallel.rp > 1:
+        ring, costs = cut_ring(decoder, parallel.rp, length, parallel.ring.costs)
+        timeline = plan_ring(ring, costs, parallel.ring, job.num_micro_batches)
+        for line in (*ring_lines(ring), *characters(timeline, PLAN_WIDTH)):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if arguments.timeline:
+            write_whole(Path(arguments.timeline), svg(timeline))
+    console.print(price_table(found, job))
+    best, reasons = recommend(found, job, machine)
+    console.print(
+        f"recommended: parallel {best.options}; {'; '.join(reasons)}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def price_table(found: Sequence[Price], job: Job) -> Table:
+    """A row per layout; times as parts of the shortest."""
+    table = Table(
+        title=f"{job.num_ranks} processes, {job.num_micro_batches} x {job.rows} rows, as computed"
+    )
+    for column in ("parallel", "state", "activations", "sent per step", "waits", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    fastest = min(price.time for price in found)
+    for price in found:
+        table.add_row(
+            price.options,
+            gigabytes(price.state_bytes),
+            gigabytes(price.activation_bytes),
+            gigabytes(price.sent_bytes),
+            f"{price.bubble:.1%}",
+            f"{price.time / fastest:.2f}",
+        )
+    return table
 
 
 def program_table(decoder: Decoder, sequence_length: int) -> Table:
