@@ -175,32 +175,34 @@ def is_tried(layout: str, name: str) -> bool:
 
 def combinations() -> dict[str, Case]:
     """Every way to combine a scheme of data parallelism, tensor and sequence parallelism, context,
-    pipeline and expert parallelism: each axis off or 2 long, on at most 8 processes."""
+    pipeline or ring, and expert parallelism: each axis off or 2 long, on at most 8 processes."""
     found = {}
     axes = product(
         ("ddp", "zero1", "fsdp2", "hsdp"),
         ("", "tp", "sp"),
         ("", "cp"),
-        ("", "pp"),
+        ("", "pp", "rp"),
         ("", "ep", "ep-etp"),
     )
-    for data, tensor, context, pipeline, experts in axes:
+    for data, tensor, context, depth, experts in axes:
         options: dict[str, Any] = {"data": "fsdp2" if data == "hsdp" else data}
         options["tp"] = 2 if tensor else 1
         options["sequence_parallel"] = tensor != "tp"
         options["cp"] = 2 if context else 1
-        options["pp"] = 2 if pipeline else 1
+        options["pp"] = 2 if depth == "pp" else 1
+        options["rp"] = 2 if depth == "rp" else 1
         options["ep"] = 2 if experts else 1
         options["dp_replicate"] = 2 if data == "hsdp" else 1
         options["etp"] = 2 if "etp" in experts or tensor == "tp" else 1
-        processes = options["tp"] * options["cp"] * options["pp"] * options["dp_replicate"]
+        of_depth = options["pp"] * options["rp"]
+        processes = options["tp"] * options["cp"] * of_depth * options["dp_replicate"]
         if data not in ("fsdp2", "hsdp") or not context:  # then there is something to share out
             processes *= 2 if processes < 8 else 1
-        needed = options["pp"] * options["ep"] * options["etp"]
+        needed = of_depth * options["ep"] * options["etp"]
         processes = max(processes, needed)
-        name = "-".join(part for part in (data, tensor, context, pipeline, experts) if part)
-        shards = processes // (options["tp"] * options["cp"] * options["pp"])
-        micro_batch = max(2 // shards, 1) if pipeline else 4
+        name = "-".join(part for part in (data, tensor, context, depth, experts) if part)
+        shards = processes // (options["tp"] * options["cp"] * of_depth)
+        micro_batch = max(2 // shards, 1) if depth else 4
         found[name] = Case(processes, options, micro_batch=micro_batch)
     return found
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from moebius.model.context import StepContext
 from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
+from moebius.model.objective import TeacherModel
 from moebius.parallel.config import ParallelConfig, RingConfig
 from moebius.parallel.engine import ReplicatedEngine, of_all_stages
 from moebius.parallel.layout import Layout
@@ -30,17 +31,28 @@ def arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
 
 
+def teacher() -> TeacherModel:
+    """A model to learn from."""
+    return TeacherModel(LocalExecutor(decoder_of("dense", torch.float32)), 0.5, 2.0)
+
+
 @cache
-def local_gradients(name: str, rows: int = ROWS) -> dict[str, Any]:
-    """Of one process, all rows at once, and the loss."""
+def local_gradients(name: str, rows: int = ROWS, distils: bool = False) -> dict[str, Any]:
+    """Of one process, all rows at once, and the losses."""
     decoder = decoder_of(name, torch.float32)
-    result = LocalExecutor(decoder).accumulate_gradients([documents(rows)], context())
+    result = LocalExecutor(decoder).accumulate_gradients(
+        [documents(rows)], context(), teacher() if distils else None
+    )
     found = {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
-    return arrays(found | {"loss": result.loss})
+    return arrays(found | result.losses)
 
 
 def ring_gradients(
-    name: str, options: dict[str, Any], rings: Sequence[dict[str, Any]], rows: int = ROWS
+    name: str,
+    options: dict[str, Any],
+    rings: Sequence[dict[str, Any]],
+    rows: int = ROWS,
+    distils: bool = False,
 ) -> list[dict[str, Any]]:
     """The same on a layout with `rp`, once for each way to go around."""
     config = ParallelConfig.model_validate(options | {"data": "ddp"})
@@ -49,11 +61,11 @@ def ring_gradients(
     found = []
     for ring in rings:
         decoder.zero_grad()
-        found.append(_gradients(layout, RingConfig.model_validate(ring), rows))
+        found.append(_gradients(layout, RingConfig.model_validate(ring), rows, distils))
     return found
 
 
-def _gradients(layout: Layout, config: RingConfig, rows: int) -> dict[str, Any]:
+def _gradients(layout: Layout, config: RingConfig, rows: int, distils: bool) -> dict[str, Any]:
     given = layout.executor
     assert isinstance(given, RingExecutor)
     assert isinstance(layout.engine, ReplicatedEngine)
@@ -61,11 +73,13 @@ def _gradients(layout: Layout, config: RingConfig, rows: int) -> dict[str, Any]:
     layout.executor = RingExecutor(given.local, given.ring, given.costs, given.channel, config)
     batch = Rows(**vars(documents(rows)))
     parts = [batch.rows(*part) for part in layout.row_ranges(rows, 1)]
-    result = layout.accumulate_gradients(parts, batch.labels_BS.numel(), context())
+    result = layout.accumulate_gradients(
+        parts, batch.labels_BS.numel(), context(), teacher() if distils else None
+    )
     layout.engine.reduce()
     own = {
         p.name: p.placement.join(p.parameter.grad)
         for p in layout.engine.placed
         if p.parameter.grad is not None
     }
-    return arrays(of_all_stages(own, layout.mesh) | {"loss": result.loss})
+    return arrays(of_all_stages(own, layout.mesh) | result.losses)

@@ -24,8 +24,8 @@ controllers remember. A refused one is named with the message a run stops with b
 ## Every combination of axes
 
 `ddp`, `zero1`, `fsdp2`, `hsdp`: data parallelism. `tp`, `sp`: tensor parallelism without and with
-sequence parallelism. `cp`: context, `pp`: pipeline (1F1B), `ep`, `etp`: experts and their width.
-The model is MoE++ inside Mixture-of-Recursions (`moepp_mor`).
+sequence parallelism. `cp`: context, `pp`: pipeline (1F1B), `rp`: ring, `ep`, `etp`: experts and
+their width. The model is MoE++ inside Mixture-of-Recursions (`moepp_mor`).
 
 | combination | processes | |
 |---|---|---|

@@ -24,11 +24,15 @@ def rings(num_ranks: int) -> list[dict[str, Any]]:
 
 
 def check_gradients(
-    name: str, processes: int, options: dict[str, Any], rings: list[dict[str, Any]]
+    name: str,
+    processes: int,
+    options: dict[str, Any],
+    rings: list[dict[str, Any]],
+    distils: bool = False,
 ) -> None:
     """Those of every process against those of one alone, in fp32."""
-    expected = local_gradients(name)
-    for results in run_forked(processes, ring_gradients, name, options, rings, timeout=240.0):
+    expected, args = local_gradients(name, ROWS, distils), (rings, ROWS, distils)
+    for results in run_forked(processes, ring_gradients, name, options, *args, timeout=240.0):
         for ring, got in zip(rings, results, strict=True):
             assert got.keys() == expected.keys()
             errors = {key: np.abs(got[key] - value).max() for key, value in expected.items()}
@@ -74,6 +78,12 @@ def test_gradients_beside_another_axis(
 def test_gradients_of_merged_chunks(num_ranks: int) -> None:
     """Three micro-batches go home together, and in three, two and one chunks through the passes."""
     check_gradients(ring_name("moepp", 3, True), num_ranks, {"rp": num_ranks}, MERGED)
+
+
+def test_gradients_of_distillation() -> None:
+    name = ring_name("dense", 2, True)
+    assert "distillation_loss" in local_gradients(name, ROWS, True)
+    check_gradients(name, 2, {"rp": 2}, [{}], distils=True)
 
 
 STEPS: dict[str, tuple[str, Case]] = {

@@ -5,6 +5,7 @@ one row for each use of its router (passes of a recursion, turns of a chain): th
 a router at different depths are different ones. Everything a run must remember is in the buffers.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -34,36 +35,36 @@ class Steering:
     threshold: Tensor | None = None
 
 
-class Controller(nn.Module):
+class Controller(nn.Module, ABC):
     """The interface."""
 
     needs_histogram = False
     """whether `update` reads `score_histogram`, `[N, bins]`"""
 
+    @abstractmethod
     def steer(self, use: int) -> Steering:
         """What selection gets at a use of the router."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, use: int, sums: Mapping[str, Tensor], step: int) -> None:
         """Change the state from the sums over the step's tokens; `step` counts finished steps."""
-        raise NotImplementedError
 
 
 class ControllerConfig(Stage):
     """What the configurations of all controllers have in common."""
 
     @property
+    @abstractmethod
     def needs(self) -> Needs:
         """What the selector must understand."""
-        raise NotImplementedError
 
     def problems_with(self, selector: Selector, pool: PoolShape) -> Iterator[tuple[str, str]]:
         """(option, what is wrong) where the options do not fit the selector."""
         return iter(())
 
+    @abstractmethod
     def build(self, pool: PoolShape, selector: Selector, num_uses: int) -> Controller:
         """The state, for so many uses of the router."""
-        raise NotImplementedError
 
 
 class BiasControl(ControllerConfig):

@@ -1,5 +1,6 @@
 """The expert pool: groups of experts that tokens are sent to, and experts computed in place."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import cast
@@ -19,7 +20,7 @@ from moebius.model.moe.pool import DISPATCHED, PoolShape
 from moebius.model.parameters import ParameterModule, ParameterSpec, Role
 
 
-class DispatchedExperts(ParameterModule):
+class DispatchedExperts(ParameterModule, ABC):
     """A group of experts of one kind and width that rows are sorted for."""
 
     def __call__(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
@@ -27,13 +28,13 @@ class DispatchedExperts(ParameterModule):
         outputs: Tensor = super().__call__(rows_RD, weights_R, ends_E)
         return outputs
 
+    @abstractmethod
     def forward(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
         """Weighted outputs `[R, D]` of rows sorted by expert."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops_per_row(self) -> int:
         """Forward FLOPs of one row."""
-        raise NotImplementedError
 
 
 class FFNExperts(DispatchedExperts):

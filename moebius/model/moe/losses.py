@@ -9,6 +9,7 @@ Those that look at load average over groups of tokens, their scope:
 - `micro_batch`: as most published code has it; depends on how the batch is cut.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -97,9 +98,9 @@ class Loss(Stage):
         """Whether it is defined for a fixed number of experts per token only."""
         return False
 
+    @abstractmethod
     def value(self, seen: Observation) -> Tensor:
         """The loss, 0-dim."""
-        raise NotImplementedError
 
     def unit_coefficient(self, pool: PoolShape, num_assignments: int) -> float:
         """The weight of the loss as we define it."""

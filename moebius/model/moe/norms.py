@@ -1,5 +1,6 @@
 """From logits to scores."""
 
+from abc import abstractmethod
 from typing import ClassVar, Literal
 
 import torch
@@ -40,9 +41,9 @@ class ScoreNorm(Stage):
             logits_TN = logits_TN + noise * ctx.normal("noise", logits_TN.shape[1])
         return self.activate(logits_TN)
 
+    @abstractmethod
     def activate(self, logits_TN: Tensor) -> Tensor:
         """Scores of scaled logits."""
-        raise NotImplementedError
 
     def probabilities(self, affinity_TN: Tensor) -> Tensor:
         """Scores that add up to 1, for losses."""

@@ -5,6 +5,7 @@ previous router passed on, and pass something on itself: that is the router's pa
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,18 +37,18 @@ class ScorerShape:
     """of its parameters; FROZEN: they stay at their initial values"""
 
 
-class Scorer(ParameterModule):
+class Scorer(ParameterModule, ABC):
     """The interface; one object may serve several visits."""
 
+    @abstractmethod
     def forward(
         self, x_TD: Tensor, state_TX: Tensor | None, shared: nn.ModuleDict
     ) -> tuple[Tensor, Tensor | None]:
         """Scores `[T, N]` and what the next router gets, None for nothing; all fp32 or wider."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, num_tokens: int, has_predecessor: bool) -> int:
         """Forward FLOPs."""
-        raise NotImplementedError
 
 
 class ScorerConfig(ConfigNode):

@@ -1,5 +1,6 @@
 """What every stage of routing over width has in common."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
@@ -59,26 +60,26 @@ class Selector(Stage):
         """Whether only a controller can give it a threshold."""
         return False
 
+    @abstractmethod
     def max_assignments(self, num_experts: int) -> int:
         """K, the most experts a token can have."""
-        raise NotImplementedError
 
     def min_candidates(self, num_experts: int) -> int:
         """How many experts must be open to every token."""
         return 1
 
+    @abstractmethod
     def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
         """Ids `[T, K]`, -1 for an empty assignment."""
-        raise NotImplementedError
 
 
 class Candidates(Stage):
     """A restriction of the experts a token may choose from."""
 
+    @abstractmethod
     def mask(self, select_TN: Tensor, pool: PoolShape, ctx: RouteContext) -> Tensor:
         """Bool `[N]` or `[T, N]`: who may be chosen."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fewest(self, pool: PoolShape) -> int:
         """How many experts are open to a token at least."""
-        raise NotImplementedError

@@ -1,5 +1,6 @@
 """How the chosen experts' outputs are weighted."""
 
+from abc import abstractmethod
 from typing import Literal
 
 import torch
@@ -20,9 +21,9 @@ class WeightPolicy(Stage):
         score_TK = affinity_TN.gather(1, ids_TK.clamp(min=0)).masked_fill(ids_TK < 0, 0.0)
         return self.scale * self.unscaled(score_TK, ids_TK, is_null_N)
 
+    @abstractmethod
     def unscaled(self, score_TK: Tensor, ids_TK: Tensor, is_null_N: Tensor) -> Tensor:
         """The factors before `scale`; `score` is 0 for an empty assignment."""
-        raise NotImplementedError
 
 
 class Raw(WeightPolicy):

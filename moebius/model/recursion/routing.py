@@ -6,6 +6,7 @@ executor alone takes tokens out of rows and runs the block, which never knows th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -65,16 +66,17 @@ class LoopState:
         return _mapped(parts[0], lambda _, name: torch.cat([getattr(part, name) for part in parts]))
 
 
-class DepthRouting(ParameterModule):
+class DepthRouting(ParameterModule, ABC):
     """The interface of a loop's routing."""
 
     sites: tuple[Site, ...]
     """of its passes"""
 
+    @abstractmethod
     def begin(self, x_BSD: Tensor, ctx: DepthContext, num_passes: int) -> LoopState:
         """The state of full rows in front of the first of so many passes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def admit(
         self, state: LoopState, share: float, ctx: DepthContext
     ) -> tuple[LoopState, Selection]:
@@ -82,17 +84,16 @@ class DepthRouting(ParameterModule):
 
         Auxiliary losses are attached to the state.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def absorb(
         self, state: LoopState, chosen: Selection, inner: Tensor, outer: Tensor
     ) -> LoopState:
         """The state after a pass has made `outer` of the selected tokens' `inner`, `[B, K, D]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, num_candidates: int, depth: int) -> int:
         """Forward FLOPs of the decision in front of a pass."""
-        raise NotImplementedError
 
 
 def everyone(tokens: TokenContext) -> Tensor:

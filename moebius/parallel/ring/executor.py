@@ -16,7 +16,7 @@ from moebius.parallel.config import RingConfig
 from moebius.parallel.ledger import merge_depth
 from moebius.parallel.messages import Channel
 from moebius.parallel.ring.slices import Costs, Ring, way
-from moebius.parallel.ring.step import RingStep
+from moebius.parallel.ring.step import Read, RingStep
 from moebius.parallel.ring.timeline import Timeline, plan
 
 LIVE_PER_RANK = 3
@@ -61,8 +61,9 @@ class RingExecutor:
         num_labels: int,
     ) -> StepResult:
         """See `LocalExecutor.accumulate_gradients`."""
-        run = RingStep(self, micro_batches, step, teacher, num_labels)
-        run.run(self.timeline(len(micro_batches)))
+        timeline = self.timeline(len(micro_batches))
+        run = RingStep(self, timeline, micro_batches, step, num_labels, teacher)
+        run.run()
         return merge_depth(run.losses, run.ledgers, self.channel.group)
 
     @torch.no_grad()
@@ -73,10 +74,8 @@ class RingExecutor:
         rows, size = len(batch.tokens_BS), self.ring.num_ranks
         parts = [row_ranges(rows, max(rows, 1), number, size)[0] for number in range(size)]
         micro_batches = [batch.rows(start, end) for start, end in parts]
-        run = RingStep(self, micro_batches, replace(step, training=False))
-        run.read = self.local.final_token_losses
-        run.run(self.timeline(size, trains=False))
-        losses = [run.found[number] for number in sorted(run.found)]
+        found = self._read(micro_batches, step, self.local.final_token_losses)
+        losses = [found[number] for number in sorted(found)]
         return {len(self.local.program.visits): torch.cat(losses)}
 
     @torch.no_grad()
@@ -87,13 +86,27 @@ class RingExecutor:
         then, those of prompt n in slot n. Each prompt has its own length.
         """
         batches = [_Prompt(ids_S.unsqueeze(0)) for ids_S in prompts]
-        run = RingStep(self, batches, replace(step, training=False))
-        for number, batch in enumerate(batches):
-            slot_B = torch.tensor([number], device=batch.tokens_BS.device)
-            tokens = replace(self.local.tokens(batch), slots_B=slot_B)
-            run.contexts[number, 0, 1] = tokens
-        run.read = self._last_logits
-        run.run(self.timeline(len(batches), trains=False))
+        slots = [
+            replace(self.local.tokens(batch), slots_B=batch.segment_ids_BS[:, 0] + number)
+            for number, batch in enumerate(batches)
+        ]
+        return self._read(batches, step, self._last_logits, slots)
+
+    def _read(
+        self,
+        micro_batches: Sequence[TokenBatch],
+        step: StepContext,
+        read: Read,
+        contexts: Sequence[TokenContext] = (),
+    ) -> dict[int, Tensor]:
+        """Once around without gradients; contexts where they are not those of training."""
+        timeline = self.timeline(len(micro_batches), trains=False)
+        labels = max(sum(batch.labels_BS.numel() for batch in micro_batches), 1)
+        still = replace(step, training=False)
+        run = RingStep(self, timeline, micro_batches, still, labels, read=read)
+        for number, tokens in enumerate(contexts):
+            run.contexts[number, 0, len(tokens.place_BS)] = tokens
+        run.run()
         return run.found
 
     def _last_logits(self, batch: TokenBatch, tokens: TokenContext, x_BSD: Tensor) -> Tensor:

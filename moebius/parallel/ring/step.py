@@ -9,7 +9,7 @@ backward pass comes to the later stop first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,12 @@ from moebius.parallel.ring.mail import Mail, Message, Parcel, severed
 from moebius.parallel.ring.timeline import Event, Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from moebius.parallel.ring.executor import RingExecutor
 
 Key = tuple[int, int, int]
 """micro-batch, stop and chunk"""
+Read = Callable[[TokenBatch, TokenContext, Tensor], Tensor]
+"""makes something of the stream behind the last visit"""
 
 
 @dataclass
@@ -57,15 +57,20 @@ class RingStep:
     def __init__(
         self,
         executor: RingExecutor,
+        timeline: Timeline,
         micro_batches: Sequence[TokenBatch],
         step: StepContext,
+        num_labels: int,
         teacher: TeacherModel | None = None,
-        num_labels: int = 1,
+        read: Read | None = None,
     ) -> None:
         self.ring = executor.ring
         self.local = executor.local
-        self.config = executor.config
-        self.channel = executor.channel
+        self.recompute = executor.config.recompute
+        self.rank = executor.channel.group.rank
+        self.timeline = timeline
+        self.ways = timeline.ways
+        self.mail = Mail(timeline, executor.channel)
         self.micro_batches = micro_batches
         self.step = step
         self.teacher = teacher
@@ -73,10 +78,10 @@ class RingStep:
         self.trains = step.training
         self.places = self.ring.places
         self.losses: dict[str, Tensor] = {}
-        self.read: Callable[[TokenBatch, TokenContext, Tensor], Tensor] | None = None
-        """where nothing is trained, what is made of the stream behind the last visit"""
+        self.read = read
+        """where nothing is trained"""
         self.found: dict[int, Tensor] = {}
-        """that, by micro-batches that are at home here"""
+        """what was read, by micro-batches that are at home here"""
         self.ledgers: dict[Key, Ledger] = {}
         self.works: dict[Key, Work] = {}
         self.waiting: dict[int, Entered] = {}
@@ -85,13 +90,10 @@ class RingStep:
         """by micro-batch, what its layers keep for the next pass"""
         self.contexts: dict[tuple[int, int, int], TokenContext] = {}
 
-    def run(self, timeline: Timeline) -> None:
+    def run(self) -> None:
         """Every event of this process, in order."""
-        self.mail = Mail(timeline, self.channel)
-        self.ways = timeline.ways
-        rank = self.channel.group.rank
-        for number, event in enumerate(timeline.events):
-            if event.rank == rank:
+        for number, event in enumerate(self.timeline.events):
+            if event.rank == self.rank:
                 self.mail.begin(number)
                 self.do(event)
         self.mail.close()
@@ -180,7 +182,7 @@ class RingStep:
         work.arrived.append((message.answer, leaves))
         left = self.left.pop(event.micro_batch, None)
         visit = self._visit_of(event, parcel, left)
-        again = self.trains and self.config.recompute
+        again = self.trains and self.recompute
         decisions: dict[Any, Tensor] | None = {} if again else None
         with torch.set_grad_enabled(self.trains and not again):
             step = replace(self._step_of_chunk(event), decisions=decisions)

@@ -62,48 +62,60 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     config = load_config(arguments.config, arguments.overrides)
     with torch.device("meta"):
         decoder = Decoder(config.model)
+    job = _job(config, decoder, arguments)
     length = config.data.sequence_length
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)  # a pipe has no width that a table must fit into
     console.print(program_table(decoder, length))
     for line in summary(decoder, length):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    _describe_layouts(config, decoder, arguments, console)
+    if job is not None:
+        _print_layouts(config, decoder, job, arguments, console)
     return 0
 
 
-def _describe_layouts(
-    config: RunConfig, decoder: Decoder, arguments: argparse.Namespace, console: Console
-) -> None:
-    """The plan of a ring, and what so many processes cost in other layouts."""
-    parallel, length = config.parallel, config.data.sequence_length
-    size = arguments.processes or parallel.rp
-    if arguments.timeline and parallel.rp == 1:
+def _job(config: RunConfig, decoder: Decoder, arguments: argparse.Namespace) -> Job | None:
+    """What is priced; raises LayoutError where it cannot be."""
+    if arguments.timeline and config.parallel.rp == 1:
         raise LayoutError("--timeline: parallel.rp is 1, so there is no ring", "set parallel.rp=2")
-    if size == 1:
-        return
-    rows = config.train.micro_batch_size or config.train.batch_size
-    job = Job(size, len(row_ranges(config.train.batch_size, rows, 0, 1)), rows, length)
-    machine = Machine(arguments.flops_per_byte, 1e9 * arguments.memory)
+    size = config.parallel.rp if arguments.processes is None else arguments.processes
+    if size < 2 and arguments.processes is not None:
+        raise LayoutError(f"--processes: {size}; allowed: 2 and more", "leave it out")
+    if size < 2:
+        return None
+    length = config.data.sequence_length
     try:
-        found = prices(decoder, job, machine, parallel.ring)
+        cut_ring(decoder, size, length)
     except ValueError as error:
         raise LayoutError(f"--processes: {size}, but {error}", "try fewer") from None
+    rows = config.train.micro_batch_size or config.train.batch_size
+    return Job(size, len(row_ranges(config.train.batch_size, rows, 0, 1)), rows, length)
+
+
+def _print_layouts(
+    config: RunConfig,
+    decoder: Decoder,
+    job: Job,
+    arguments: argparse.Namespace,
+    console: Console,
+) -> None:
+    """The plan of a ring, and what so many processes cost in other layouts."""
+    parallel = config.parallel
+    machine = Machine(arguments.flops_per_byte, 1e9 * arguments.memory)
+    lines: list[str] = []
     if parallel.rp > 1:
-        ring, costs = cut_ring(decoder, parallel.rp, length, parallel.ring.costs)
+        ring, costs = cut_ring(decoder, parallel.rp, job.row_length, parallel.ring.costs)
         timeline = plan_ring(ring, costs, parallel.ring, job.num_micro_batches)
-        for line in (*ring_lines(ring), *characters(timeline, PLAN_WIDTH)):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        lines += [*ring_lines(ring), *characters(timeline, PLAN_WIDTH)]
         if arguments.timeline:
             write_whole(Path(arguments.timeline), svg(timeline))
-    console.print(price_table(found, job))
+    found = prices(decoder, job, machine, parallel.ring)
     best, reasons = recommend(found, job, machine)
-    console.print(
-        f"recommended: parallel {best.options}; {'; '.join(reasons)}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(price_table(found, job))
+    recommended = f"recommended: parallel {best.options}; {'; '.join(reasons)}"
+    console.print(recommended, highlight=False, markup=False, soft_wrap=True)
 
 
 def price_table(found: Sequence[Price], job: Job) -> Table:
