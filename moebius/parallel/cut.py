@@ -11,18 +11,13 @@ _Cut: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """what cuts are compared by: the costs of the stages, costliest first; their lengths, negated"""
 
 
-def cut(
-    costs: Sequence[float],
-    num_stages: int,
-    fixed_first: float = 0.0,
-    fixed_last: float = 0.0,
-) -> tuple[range, ...]:
+def cut(costs: Sequence[float], num_stages: int, fixed_last: float = 0.0) -> tuple[range, ...]:
     """Consecutive, non-empty runs of units, one per stage, whose costliest is as cheap as can be.
 
-    `costs` holds the cost of each unit in any unit of measure, `fixed_first` and `fixed_last` what
-    the first and the last stage carry besides (the embedding, the head). Among cuts with equal
-    costliest stages the next costliest decides, and so on; where all costs are equal, the first
-    stage, then the second and so on, has as many units as it can.
+    `costs` holds the cost of each unit in any unit of measure, `fixed_last` what the last stage
+    carries besides (the head). Among cuts with equal costliest stages the next costliest decides,
+    and so on; where all costs are equal, the first stage, then the second and so on, has as many
+    units as it can.
 
     Exact, by dynamic programming over stages and units. Raises ValueError for fewer units than
     stages, for less than one stage and for costs that are negative or not finite.
@@ -31,10 +26,9 @@ def cut(
         raise ValueError(f"num_stages is {num_stages}: it must be at least 1")
     if len(costs) < num_stages:
         raise ValueError(f"{len(costs)} units cannot fill {num_stages} stages")
-    *units, first, last = _as_integers((*costs, fixed_first, fixed_last))
+    *units, last = _as_integers((*costs, fixed_last))
     sums = list(accumulate(units, initial=0))
     extras = [0] * num_stages
-    extras[0] += first
     extras[-1] += last
 
     best: list[_Cut | None] = [((), ())] + [None] * len(units)
@@ -44,20 +38,6 @@ def cut(
     assert found is not None, "there are as many units as stages"
     ends = list(accumulate((-length for length in found[1]), initial=0))
     return tuple(range(start, end) for start, end in pairwise(ends))
-
-
-def balance(
-    costs: Sequence[float],
-    stages: Sequence[range],
-    fixed_first: float = 0.0,
-    fixed_last: float = 0.0,
-) -> float:
-    """The mean cost of the stages over that of the costliest: 1 if all are equal, as in `cut`."""
-    totals = [math.fsum(costs[unit] for unit in stage) for stage in stages]
-    totals[0] += fixed_first
-    totals[-1] += fixed_last
-    costliest = max(totals)
-    return math.fsum(totals) / len(totals) / costliest if costliest else 1.0
 
 
 def _as_integers(costs: Sequence[float]) -> list[int]:

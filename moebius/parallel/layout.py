@@ -24,8 +24,8 @@ from moebius.parallel.messages import Channel, directed
 from moebius.parallel.pipeline import PipelineExecutor, neighbours
 from moebius.parallel.place import place, row_spread
 from moebius.parallel.ring.executor import RingExecutor
-from moebius.parallel.ring.slices import Costs, Ring, cut_ring
-from moebius.parallel.stage import Stage, cut_stages, keep_parts, parts_of, ring_parts
+from moebius.parallel.ring.slices import Costs, Ring, cut_ring, ring_parts
+from moebius.parallel.stage import Stage, cut_stages, keep_parts, parts_of
 from moebius.parallel.zero import ZeroEngine
 
 

@@ -13,7 +13,6 @@ from moebius.model.moe.layer import MoE
 from moebius.model.moe.scorers import GRUScorer
 from moebius.model.program import Unit
 from moebius.parallel.cut import cut
-from moebius.parallel.ring.slices import Ring
 
 
 @dataclass(frozen=True)
@@ -72,16 +71,6 @@ def parts_of(decoder: Decoder, stages: Iterable[Stage]) -> set[str]:
                 found.add(f"depth_routers.{unit.segment.number}")
             found |= layer_parts(decoder, (visit.layer for visit in unit.visits))
     return found
-
-
-def ring_parts(decoder: Decoder, ring: Ring) -> list[set[str]]:
-    """Names of the parts that each process of a ring uses: its slice's, and what homes need."""
-    home = {"embedding", *last_parts(decoder)}
-    if ring.is_routed:
-        home.add(f"depth_routers.{ring.loop.number}")
-    units = (*ring.front, *ring.back)
-    home |= layer_parts(decoder, (visit.layer for unit in units for visit in unit.visits))
-    return [home | layer_parts(decoder, layers) for layers in ring.slices]
 
 
 def last_parts(decoder: Decoder) -> set[str]:

@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from moebius.parallel.cut import balance, cut
+from moebius.parallel.cut import cut
 
 
 def all_cuts(num_units: int, num_stages: int) -> Iterator[tuple[range, ...]]:
@@ -15,11 +15,8 @@ def all_cuts(num_units: int, num_stages: int) -> Iterator[tuple[range, ...]]:
         yield tuple(range(a, b) for a, b in pairwise((0, *inner, num_units)))
 
 
-def stage_costs(
-    costs: Sequence[float], stages: tuple[range, ...], first: float, last: float
-) -> list[float]:
+def stage_costs(costs: Sequence[float], stages: tuple[range, ...], last: float) -> list[float]:
     totals = [sum(costs[unit] for unit in stage) for stage in stages]
-    totals[0] += first
     totals[-1] += last
     return totals
 
@@ -31,19 +28,18 @@ def test_cut_is_the_best_of_all_cuts() -> None:
         num_stages = rng.randint(1, num_units)
         # Small whole numbers, so that many cuts are equal and sums are exact.
         costs = [rng.randint(0, 6) for _ in range(num_units)]
-        first, last = rng.choice([(0, 0), (5, 0), (0, 9), (3, 4)])
+        last = rng.choice([0, 4, 9])
 
         def key(
             stages: tuple[range, ...],
             costs: Sequence[float] = costs,
-            first: float = first,
             last: float = last,
         ) -> tuple[list[float], list[int]]:
-            totals = stage_costs(costs, stages, first, last)
+            totals = stage_costs(costs, stages, last)
             return sorted(totals, reverse=True), [-len(stage) for stage in stages]
 
         expected = min(all_cuts(num_units, num_stages), key=key)
-        assert cut(costs, num_stages, first, last) == expected, case
+        assert cut(costs, num_stages, last) == expected, case
 
 
 def test_costliest_stage_of_measured_times() -> None:
@@ -51,13 +47,12 @@ def test_costliest_stage_of_measured_times() -> None:
     for _ in range(100):
         num_stages = rng.randint(1, 5)
         costs = [rng.random() for _ in range(rng.randint(num_stages, 9))]
-        first, last = rng.random(), 2 * rng.random()
+        last = 2 * rng.random()
         best = min(
-            max(stage_costs(costs, stages, first, last))
-            for stages in all_cuts(len(costs), num_stages)
+            max(stage_costs(costs, stages, last)) for stages in all_cuts(len(costs), num_stages)
         )
-        stages = cut(costs, num_stages, first, last)
-        assert max(stage_costs(costs, stages, first, last)) == pytest.approx(best, rel=1e-12)
+        stages = cut(costs, num_stages, last)
+        assert max(stage_costs(costs, stages, last)) == pytest.approx(best, rel=1e-12)
 
 
 def lengths(stages: tuple[range, ...]) -> list[int]:
@@ -71,11 +66,11 @@ def test_ties() -> None:
     assert lengths(cut([0.0] * 5, 3)) == [3, 1, 1]
 
 
-def test_embedding_and_head_take_the_place_of_units() -> None:
+def test_the_head_takes_the_place_of_units() -> None:
     assert lengths(cut([1.0] * 8, 4, fixed_last=2.0)) == [3, 2, 2, 1]
-    assert lengths(cut([1.0] * 8, 4, fixed_first=1.0, fixed_last=1.0)) == [2, 3, 2, 1]
-    assert lengths(cut([1.0] * 10, 4, fixed_first=1.0, fixed_last=1.0)) == [2, 3, 3, 2]
-    assert cut([1.0] * 3, 1, fixed_first=1.0, fixed_last=5.0) == (range(3),)
+    assert lengths(cut([2.0] + [1.0] * 7, 4, fixed_last=1.0)) == [2, 3, 2, 1]
+    assert lengths(cut([2.0] + [1.0] * 9, 4, fixed_last=1.0)) == [2, 3, 3, 2]
+    assert cut([1.0] * 3, 1, fixed_last=5.0) == (range(3),)
 
 
 def test_large_cuts_are_quick() -> None:
@@ -84,13 +79,6 @@ def test_large_cuts_are_quick() -> None:
     stages = cut([rng.random() for _ in range(256)], 32)
     assert time.perf_counter() - start < 5
     assert [unit for stage in stages for unit in stage] == list(range(256))
-
-
-def test_balance_is_the_mean_over_the_costliest() -> None:
-    assert balance([1, 2, 3], (range(2), range(2, 3))) == 1
-    assert balance([1, 2, 3], (range(1), range(1, 3))) == 3 / 5
-    assert balance([1, 2, 3], (range(2), range(2, 3)), fixed_first=3, fixed_last=1) == 5 / 6
-    assert balance([0, 0], (range(1), range(1, 2))) == 1
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from moebius.model.moe.layer import MoE
 from moebius.model.program import FINAL_STEP
 from moebius.parallel.config import RingConfig
 from moebius.parallel.ring.executor import plan_ring
-from moebius.parallel.ring.slices import STREAMS_PER_LAYER, Costs, Ring, cut_ring
+from moebius.parallel.ring.slices import STREAMS_PER_LAYER, Costs, Ring, cut_ring, ring_parts
 from moebius.parallel.schedule import most_in_flight, simulate
 from moebius.parallel.schedule import plan as plan_pipeline
-from moebius.parallel.stage import cut_stages, part_of, parts_of, ring_parts, unit_costs
+from moebius.parallel.stage import cut_stages, part_of, parts_of, unit_costs
 
 ELEMENT = 4
 """bytes of parameters, gradients, moments and of the residual stream"""

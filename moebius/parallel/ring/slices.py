@@ -19,6 +19,7 @@ from moebius.model.program import FINAL_STEP, Program, Segment, Unit, Visit
 from moebius.parallel.config import RingConfig
 from moebius.parallel.cut import cut
 from moebius.parallel.ring.timeline import Stop, Way
+from moebius.parallel.stage import last_parts, layer_parts
 
 STREAMS_PER_LAYER = 17
 """residual streams that the activations of a layer take for the same tokens, about (Korthikanti et
@@ -98,6 +99,16 @@ class Ring:
         forward |= {(last, home) for home in ranks} | {(home, 0) for home in ranks}
         both = forward | {(receiver, sender) for sender, receiver in forward}
         return {pair for pair in both if pair[0] != pair[1]}
+
+
+def ring_parts(decoder: Decoder, ring: Ring) -> list[set[str]]:
+    """Names of the parts that each process of a ring uses: its slice's, and what homes need."""
+    home = {"embedding", *last_parts(decoder)}
+    if ring.is_routed:
+        home.add(f"depth_routers.{ring.loop.number}")
+    units = (*ring.front, *ring.back)
+    home |= layer_parts(decoder, (visit.layer for unit in units for visit in unit.visits))
+    return [home | layer_parts(decoder, layers) for layers in ring.slices]
 
 
 def find_loop(program: Program) -> Segment | None:

@@ -33,7 +33,7 @@ Way: TypeAlias = tuple[Stop, ...]
 """the stops of a micro-batch, in order"""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Event:
     """A chunk at a stop, from `start` to `end`."""
 
