@@ -9,9 +9,10 @@
   closed form of its messages.
 - `seconds`: the median step of two processes on two cores, over that of one process, in turns in
   one run.
-- `plans`: bubbles of plans on two processes, each piece of work padded to as many matrix products
-  as its planned time is long, so that what is planned is what is computed; beside them the bubble
-  of what then happened. Waiting for a core would count as waiting: more processes need more cores.
+- `plans`: bubbles of plans on two processes with the costs of that model, executed by a tiny one
+  whose work is padded to as many matrix products as its planned time is long; beside them the
+  bubble of what then happened, in which all else, messages for one, counts as waiting. So would
+  waiting for a core: more processes need more cores.
 
 Writes benchmarks/results/ring-<machine>.json.
 """
@@ -41,10 +42,10 @@ from moebius.model.ledger import Ledger
 from moebius.model.parameters import initialize
 from moebius.model.program import kept_tokens
 from moebius.parallel.config import ParallelConfig
-from moebius.parallel.engine import MakeOptimizer
 from moebius.parallel.layout import Layout
 from moebius.parallel.ring.executor import RingExecutor
 from moebius.parallel.ring.mail import Mail, Message
+from moebius.parallel.ring.slices import cut_ring
 from moebius.parallel.ring.step import RingStep
 from moebius.parallel.ring.timeline import Event
 
@@ -77,7 +78,12 @@ COLLECTIVES = {
     "reduce_scatter_tensor_coalesced_": "reduce_scatter",
 }
 PLANS: tuple[dict[str, Any], ...] = ({"live": 1}, {"live": 2}, {"live": 4}, {"live": 6})
-PLAN_ROWS, PLAN_SECONDS = 8, 10.0
+PLAN_ROWS, PLAN_SECONDS = 8, 20.0
+TINY: dict[str, Any] = MODEL | {
+    "hidden_size": 8,
+    "attention": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 8},
+    "ffn": {"kind": "dense", "intermediate_size": 8},
+}
 TIMED = 7
 
 
@@ -103,11 +109,17 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW([parameter for parameter, _ in parameters], lr=1e-4)
 
 
-def built(options: dict[str, Any], make: MakeOptimizer = adam) -> Layout:
-    """The model on a layout."""
-    decoder = Decoder(ModelConfig.model_validate(MODEL))
+def decoder_of(model: dict[str, Any]) -> Decoder:
+    """With numbers."""
+    decoder = Decoder(ModelConfig.model_validate(model))
     initialize(decoder, 0)
-    return Layout(decoder, ParallelConfig.model_validate(options), make, LENGTH)
+    return decoder
+
+
+def built(options: dict[str, Any], model: dict[str, Any] = MODEL) -> Layout:
+    """A model on a layout."""
+    config = ParallelConfig.model_validate(options)
+    return Layout(decoder_of(model), config, adam, LENGTH)
 
 
 def batch(rows: int) -> Batch:
@@ -180,9 +192,10 @@ def seconds(layout: Layout) -> float:
 
 def executed_bubble(ring: dict[str, Any], num_ranks: int, per_second: float) -> dict[str, float]:
     """That of a plan and that of its execution by padded work."""
-    layout = built({"rp": num_ranks, "data": "ddp", "ring": ring})
+    layout = built({"rp": num_ranks, "data": "ddp", "ring": ring}, TINY)
     executor = layout.executor
     assert isinstance(executor, RingExecutor)
+    _, executor.costs = cut_ring(decoder_of(MODEL), num_ranks, LENGTH)
     timeline = executor.timeline(PLAN_ROWS)
     scale = per_second * PLAN_SECONDS / timeline.makespan
     seen: list[tuple[float, float, float]] = []
