@@ -29,8 +29,8 @@ class RowKeys:
 class Carry:
     """What a token brings along besides its residual stream.
 
-    It is an input and an output of every block, so recomputation, token selection and (later)
-    pipeline stages handle it like the hidden state. Gradients flow through it.
+    It is an input and an output of every block, so recomputation, token selection, pipeline stages
+    and slices of a ring handle it like the hidden state. Gradients flow through it.
     """
 
     router_states: Mapping[str, Tensor] = field(default_factory=dict)
@@ -46,7 +46,10 @@ class Carry:
         return replace(self, router_states={**self.router_states, name: state_BSN})
 
     def split(self) -> tuple[Carry, Carry]:
-        """What goes on to other layers, and what layers have left for their own next pass."""
+        """What goes on to other layers, and what layers have left for their own next pass.
+
+        A router that looks at its own last pass names its state by the module, see `Router`.
+        """
         own = {n: s for n, s in self.router_states.items() if n.startswith("layers.")}
         others = {n: s for n, s in self.router_states.items() if n not in own}
         return Carry(others, self.depth_values), Carry(own, {}, self.row_keys)

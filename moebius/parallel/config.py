@@ -24,7 +24,8 @@ class RingConfig(ConfigNode):
     """How a looped block is cut into slices, and how micro-batches go around the ring of them."""
 
     live: PositiveInt | None = None
-    """micro-batches that are on their way at a time; null: three for each process"""
+    """micro-batches that are on their way at a time; null: three for each process, six with
+    merge"""
     recompute: bool = True
     """keep only the input of a visit to a slice, and compute the rest again for its gradients"""
     merge: bool = False

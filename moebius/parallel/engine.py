@@ -119,7 +119,7 @@ def whole_parameters(placed: Iterable[Placed], mesh: Mesh) -> dict[str, Tensor]:
 
 
 def of_all_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
-    """The tensors of all pipeline stages together; a collective call."""
+    """The tensors of processes with other layers together; a collective call."""
     if mesh.depth.size == 1:
         return tensors
     on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -135,7 +135,7 @@ def by_group(placed: Iterable[Placed]) -> dict[Group, list[Placed]]:
 
 
 def tied(placed: Iterable[Placed]) -> dict[Group, list[Placed]]:
-    """Parameters that several pipeline stages hold, by which these are."""
+    """Parameters that processes with other layers hold, too, by which these are."""
     groups: dict[Group, list[Placed]] = {}
     for p in placed:
         if p.placement.tied is not None:

@@ -49,13 +49,16 @@ def _merge_rows(ledger: Ledger, dp: Group) -> Ledger:
 
 
 def merge_depth(
-    losses: Mapping[str, Tensor], ledgers: Mapping[Any, Ledger], depth: Group
+    losses: Mapping[str, Tensor],
+    ledgers: Mapping[Any, Ledger],
+    depth: Group,
+    device: torch.device,
 ) -> StepResult:
     """The result of processes that hold different layers: routers of several learn alike.
 
     `ledgers` are of micro-batches; their keys put these in order, in which routings are joined.
+    A process may have booked nothing: `device` is where all have it then.
     """
-    device = _device([losses, *(part for ledger in ledgers.values() for part in _sums_of(ledger))])
     mine = Ledger.merge(ledgers[key] for key in sorted(ledgers))
     routings = {key: _to(ledger.routings, "cpu") for key, ledger in ledgers.items()}
     statistics = {site: _to(sums, "cpu") for site, sums in mine.statistics.items()}

@@ -101,7 +101,7 @@ class Mesh:
         lists = [[ranks[member] for member in members] for ranks in partners]
         group, _ = dist.new_subgroups_by_enumeration(lists, timeout=self.timeout)
         own = next((ranks for ranks in lists if self.rank in ranks), None)
-        return None if own is None else Group("tied", own, group, self.traffic)
+        return None if own is None else Group("depth", own, group, self.traffic)
 
     def _copies(self, number: int, *axes: str) -> Group:
         """So many neighbours along tp, and the processes of some other axes."""

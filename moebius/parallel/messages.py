@@ -33,14 +33,21 @@ def directed(
     mesh: Mesh, pairs: Iterable[tuple[int, int]]
 ) -> tuple[dict[int, Group], dict[int, Group]]:
     """A communicator for each (sender, receiver): those that this process sends and receives with,
-    by partner. A collective call of all processes."""
+    by partner. A collective call of all processes.
+
+    Each is used once here, one after the other: NCCL connects two processes in their first message,
+    and two that send to each other first would wait for ever.
+    """
     outgoing, incoming, own = {}, {}, mesh.depth.rank
     for sender, receiver in sorted(pairs):
         group = mesh.depth_group((sender, receiver))
+        greeting = torch.zeros(1, device=mesh.device_type)
         if group is not None and sender == own:
             outgoing[receiver] = group
+            dist.send(greeting, mesh.depth.ranks[receiver], group.process_group)
         elif group is not None:
             incoming[sender] = group
+            dist.recv(greeting, mesh.depth.ranks[sender], group.process_group)
     return outgoing, incoming
 
 
@@ -69,8 +76,9 @@ class Channel:
         kinds = [(DTYPES.index(t.dtype), tuple(t.shape), t.requires_grad) for t in tensors]
         # Between processes of one run: nothing is ever unpickled that came from a file.
         text = pickle.dumps((skeleton, kinds))
-        content = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
-        length = torch.tensor([len(text)], device=self.device)
+        # On the host, where they are read; the backend for its tensors is another one on devices.
+        content = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        length = torch.tensor([len(text)])
         self._send([length, content], stage_rank, key, "header")
         self._send(pack(tensors), stage_rank, key)
         return [tensor for tensor in tensors if tensor.requires_grad]
@@ -93,9 +101,9 @@ class Channel:
 
     def receive_nest(self, stage_rank: int) -> tuple[Any, list[Tensor]]:
         """A nest, and its tensors for which gradients must be sent back: leaves."""
-        length = self._receive(torch.empty(1, dtype=torch.int64, device=self.device), stage_rank)
-        text = torch.empty(int(length), dtype=torch.uint8, device=self.device)
-        content = self._receive(text, stage_rank).cpu().numpy().tobytes()
+        length = self._receive(torch.empty(1, dtype=torch.int64), stage_rank)
+        text = torch.empty(int(length), dtype=torch.uint8)
+        content = self._receive(text, stage_rank).numpy().tobytes()
         skeleton, kinds = pickle.loads(content)
         like = [torch.empty(shape, dtype=DTYPES[n], device="meta") for n, shape, _ in kinds]
         tensors = self.receive(like, stage_rank)

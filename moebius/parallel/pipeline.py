@@ -72,7 +72,7 @@ class PipelineExecutor:
         for action in actions:
             run.do(action)
         self.channel.wait()
-        return merge_depth(run.losses, run.ledgers, self.channel.group)
+        return merge_depth(run.losses, run.ledgers, self.channel.group, self.channel.device)
 
     @torch.no_grad()
     def token_losses(

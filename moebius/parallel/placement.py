@@ -58,7 +58,7 @@ class Placement:
     """processes that hold the same part and have seen other tokens, or another share of the work
     on the same ones"""
     tied: Group | None = None
-    """pipeline stages that hold it too"""
+    """processes with other layers that hold it too"""
 
     def take(self, whole: Tensor) -> Tensor:
         """The own part."""

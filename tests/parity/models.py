@@ -118,7 +118,8 @@ RING_MODELS: dict[str, dict[str, Any]] = {
 } | {
     "ring-prev_depth": {"ffn": PREV_DEPTH} | _shared(3, 3, router=expert()),
     "ring-prev_depth-unrouted": {"ffn": PREV_DEPTH} | _shared(3, 3),
-    "ring-token": {"ffn": V3} | _shared(3, 3, router=token({"kind": "bias", "rate": 0.01})),
+    "ring-token": {"ffn": V3}
+    | _shared(3, 3, router=token({"kind": "bias", "rate": 0.01}, multiple_of=4)),
     "ring-document": _shared(
         3, 3, router=expert(scope="document", causal={"kind": "router"}), adapter={"kind": "gain"}
     ),

@@ -124,6 +124,9 @@ class TokenChoiceConfig(ConfigNode):
     """state that steers the choice, moved after every optimizer step"""
     full_depth_steps: NonNegativeInt = 0
     """optimizer steps in which every token makes all passes"""
+    multiple_of: PositiveInt = 1
+    """round the slots of a pass up to a multiple of this, empty ones at the end; not where several
+    processes share a row"""
 
     def shares(self, num_recursions: int, step: int) -> tuple[float, ...]:
         """The share of the tokens that enters every depth if all depths are chosen as often."""

@@ -57,7 +57,8 @@ class TokenChoice(DepthRouting):
         index_BK = state.active_BK
         if depth > 1:
             chosen_BS = state.depth_BS >= depth
-            most = longest(chosen_BS)
+            multiple = self.config.multiple_of
+            most = min(-(-longest(chosen_BS) // multiple) * multiple, tokens.num_slots)
             index_BK, _ = compact_shards(everyone(tokens), chosen_BS, most, spread.num_shards)
         ctx.step.ledger.record(
             self.sites[depth - 1],

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from moebius.model.context import Recompute
 from moebius.model.cost import BACKWARD_PER_FORWARD
 from moebius.model.decoder import Decoder
 from moebius.model.moe.experts import DispatchedExperts
 from moebius.model.moe.layer import MoE
 from moebius.model.program import FINAL_STEP
 from moebius.parallel.config import RingConfig
-from moebius.parallel.ring.executor import plan_ring
+from moebius.parallel.ring.executor import joined, plan_ring
 from moebius.parallel.ring.slices import STREAMS_PER_LAYER, Costs, Ring, cut_ring, ring_parts
 from moebius.parallel.schedule import most_in_flight, simulate
 from moebius.parallel.schedule import plan as plan_pipeline
@@ -28,6 +29,9 @@ ELEMENT = 4
 """bytes of parameters, gradients, moments and of the residual stream"""
 STATE = 4 * ELEMENT
 """bytes that a parameter takes with its gradient and two moments"""
+STREAMS_KEPT = 4
+"""residual streams that a layer keeps with `recompute: full`: what goes into both sublayers, before
+and after their norms"""
 CLOSE = 1.02
 """times that differ by less are alike; the simpler layout, which comes first, is then better"""
 
@@ -52,6 +56,8 @@ class Job:
     rows: int
     """of a micro-batch"""
     row_length: int
+    recompute: Recompute = "none"
+    """what layouts without a ring compute a second time"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Price:
     sent_bytes: float
     """in a step"""
     bubble: float
-    """waiting for others over working"""
+    """waiting for others over working, what is computed a second time not counted as work"""
     time: float
     """of a step, in FLOPs"""
 
@@ -119,8 +125,9 @@ def _waiting(found: Sequence[Price], job: Job) -> Iterator[str]:
         if price.name == "ring":
             verdict = "less" if price.bubble < balanced else "more"
             yield (
-                f"the ring waits {price.bubble:.1%} of its work, {verdict} than the "
-                f"{balanced:.1%} of 1F1B over unrolled stages that cost exactly the same"
+                f"the ring waits {price.bubble:.1%} of its work, {verdict} than the {balanced:.1%} "
+                "of 1F1B over unrolled stages that cost exactly the same, with more micro-batches "
+                "on their way"
             )
 
 
@@ -160,7 +167,8 @@ class _Pricing:
         """FLOPs of a micro-batch"""
         self.own = -(-job.num_micro_batches // job.num_ranks)
         """micro-batches of a process, where each runs whole ones"""
-        self.activations = self.stream * STREAMS_PER_LAYER * sum(self.shares.values())
+        streams = STREAMS_KEPT if job.recompute == "full" else STREAMS_PER_LAYER
+        self.activations = self.stream * streams * sum(self.shares.values())
         """bytes of a micro-batch in all layers"""
 
     def _price(
@@ -174,7 +182,10 @@ class _Pricing:
         bubble: float = 0.0,
     ) -> Price:
         work = (1 + BACKWARD_PER_FORWARD) * self.forward * num_micro_batches
-        return self._timed(name, options, state, activations, sent, work, bubble)
+        if self.job.recompute == "full":
+            work += self.forward * num_micro_batches
+        busy = work * (1 + bubble)
+        return self._timed(name, options, state, activations, sent, busy, bubble)
 
     def _timed(
         self,
@@ -183,10 +194,10 @@ class _Pricing:
         state: float,
         activations: float,
         sent: float,
-        work: float,
+        busy: float,
         bubble: float,
     ) -> Price:
-        time = max(work * (1 + bubble), sent * self.machine.flops_per_byte)
+        time = max(busy, sent * self.machine.flops_per_byte)
         return Price(name, options, state, activations, sent, bubble, time)
 
     def fsdp2(self) -> Price:
@@ -245,8 +256,7 @@ class _Pricing:
     def ring_price(self, config: RingConfig) -> Price:
         """A slice of the block, and the ends."""
         size, number = self.job.num_ranks, self.job.num_micro_batches
-        joined = self.ring.num_passes if config.merge else 1
-        timeline = plan_ring(self.ring, self.costs, config, -(-number // joined))
+        timeline = plan_ring(self.ring, self.costs, config, joined(self.ring, config, number))
         parts = ring_parts(self.decoder, self.ring)
         held = max(sum(self.sizes[part] for part in own) for own in parts)
         ends = sum(self.sizes[part] for part in parts[0].intersection(*parts))
@@ -256,15 +266,21 @@ class _Pricing:
             hops = self.ring.num_passes * size + ways_home
         sent = 2 * self.stream * hops * number / size
         sent += 2 * (size - 1) / size * ELEMENT * ends
-        work = sum(e.end - e.start for e in timeline.events) * self.job.rows / size
+        total = sum(e.end - e.start for e in timeline.events)
+        waits = (timeline.makespan * size - total) * self.job.rows / size
+        needed = (1 + BACKWARD_PER_FORWARD) * self.forward * number / size
+        again = 0.0
+        if config.recompute:  # one visit at a time is whole
+            layers = max(len(layers) for layers in self.ring.slices)
+            again = self.stream * STREAMS_PER_LAYER * layers
         return self._timed(
             "ring",
             f"rp: {size}" + ", ring: {merge: true}" * config.merge,
             STATE * held,
-            max(timeline.peaks) * self.stream,
+            max(timeline.peaks) * self.stream + again,
             sent,
-            work,
-            timeline.bubble,
+            total * self.job.rows / size + waits,
+            waits / needed,
         )
 
     def _block(self) -> set[str]:

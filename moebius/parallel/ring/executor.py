@@ -8,18 +8,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moebius.errors import LayoutError
 from moebius.model.context import StepContext, TokenContext
 from moebius.model.executor import LocalExecutor, StepResult, TokenBatch
 from moebius.model.objective import TeacherModel
+from moebius.model.spread import ALONE
 from moebius.parallel.batch import row_ranges
 from moebius.parallel.config import RingConfig
 from moebius.parallel.ledger import merge_depth
 from moebius.parallel.messages import Channel
+from moebius.parallel.ring.mail import Route
 from moebius.parallel.ring.slices import Costs, Ring, way
 from moebius.parallel.ring.step import Read, RingStep
 from moebius.parallel.ring.timeline import Timeline, plan
 
-LIVE_PER_RANK = 3
+LIVE_PER_RANK, MERGED_LIVE_PER_RANK = 3, 6
 """micro-batches on their way, where the configuration does not say: with fewer, processes wait"""
 
 
@@ -42,16 +45,21 @@ class RingExecutor:
         self.costs = costs
         self.channel = channel
         self.config = config
-        self.timelines: dict[tuple[int, bool], Timeline] = {}
+        self.routes: dict[tuple[int, bool], Route] = {}
+        """by number of micro-batches, and whether it is for training"""
 
     def timeline(self, num_micro_batches: int, trains: bool = True) -> Timeline:
         """The plan of a step, made once for each number of micro-batches."""
+        return self._route(num_micro_batches, trains).timeline
+
+    def _route(self, num_micro_batches: int, trains: bool) -> Route:
         key = (num_micro_batches, trains)
-        if key not in self.timelines:
-            self.timelines[key] = plan_ring(
-                self.ring, self.costs, self.config, num_micro_batches, trains=trains
-            )
-        return self.timelines[key]
+        if key not in self.routes:
+            # Where nothing is kept, there is nothing to gain from merging.
+            config = self.config if trains else self.config.model_copy(update={"merge": False})
+            timeline = plan_ring(self.ring, self.costs, config, num_micro_batches, trains)
+            self.routes[key] = Route.of(timeline, self.channel.group.rank)
+        return self.routes[key]
 
     def accumulate_gradients(
         self,
@@ -61,10 +69,10 @@ class RingExecutor:
         num_labels: int,
     ) -> StepResult:
         """See `LocalExecutor.accumulate_gradients`."""
-        timeline = self.timeline(len(micro_batches))
-        run = RingStep(self, timeline, micro_batches, step, num_labels, teacher)
+        route = self._route(len(micro_batches), trains=True)
+        run = RingStep(self, route, micro_batches, step, num_labels, teacher)
         run.run()
-        return merge_depth(run.losses, run.ledgers, self.channel.group)
+        return merge_depth(run.losses, run.ledgers, self.channel.group, self.channel.device)
 
     @torch.no_grad()
     def token_losses(
@@ -83,8 +91,14 @@ class RingExecutor:
         """Logits `[V]` after prompts that are at home here, ids `[S]` of one document each.
 
         With a cache in `step`, the keys and values that layers of this process have made are in it
-        then, those of prompt n in slot n. Each prompt has its own length.
+        then, those of prompt n in slot n. Each prompt has its own length. Raises LayoutError where
+        prompts or the vocabulary are cut.
         """
+        if self.local.spread is not ALONE or self.local.decoder.vocabulary is not None:
+            raise LayoutError(
+                "prefill: tp or cp is more than 1, so no process has a whole prompt's logits",
+                "use tp = cp = 1",
+            )
         batches = [_Prompt(ids_S.unsqueeze(0)) for ids_S in prompts]
         slots = [
             replace(self.local.tokens(batch), slots_B=batch.segment_ids_BS[:, 0] + number)
@@ -100,10 +114,10 @@ class RingExecutor:
         contexts: Sequence[TokenContext] = (),
     ) -> dict[int, Tensor]:
         """Once around without gradients; contexts where they are not those of training."""
-        timeline = self.timeline(len(micro_batches), trains=False)
+        route = self._route(len(micro_batches), trains=False)
         labels = max(sum(batch.labels_BS.numel() for batch in micro_batches), 1)
         still = replace(step, training=False)
-        run = RingStep(self, timeline, micro_batches, still, labels, read=read)
+        run = RingStep(self, route, micro_batches, still, labels, read=read)
         for number, tokens in enumerate(contexts):
             run.contexts[number, 0, len(tokens.place_BS)] = tokens
         run.run()
@@ -151,12 +165,16 @@ def plan_ring(
     costs: Costs,
     config: RingConfig,
     num_micro_batches: int,
-    latency: float = 0.0,
     trains: bool = True,
 ) -> Timeline:
-    """The plan of so many micro-batches, joined ones with `merge`; `latency` in the unit of the
-    costs."""
-    size, joined = ring.num_ranks, ring.num_passes if config.merge else 1
-    live = -(-(config.live or LIVE_PER_RANK * size) // joined)
+    """The plan of so many micro-batches, joined ones with `merge`."""
+    size = ring.num_ranks
+    usual = size * (MERGED_LIVE_PER_RANK if config.merge else LIVE_PER_RANK)
+    live = joined(ring, config, config.live or usual)
     ways = [way(ring, costs, number % size, config) for number in range(num_micro_batches)]
-    return plan(ways, size, live, latency, trains)
+    return plan(ways, size, live, trains=trains)
+
+
+def joined(ring: Ring, config: RingConfig, num_micro_batches: int) -> int:
+    """How many are left where `merge` joins as many as there are passes."""
+    return -(-num_micro_batches // (ring.num_passes if config.merge else 1))

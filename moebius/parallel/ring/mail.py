@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,6 +53,39 @@ def sent_after(way: Way, event: Event) -> list[Message]:
     return [Message(event.is_forward, event.micro_batch, target, chunk) for chunk in chunks]
 
 
+@dataclass(frozen=True)
+class Route:
+    """A plan as one process of the ring sees it."""
+
+    timeline: Timeline
+    expected: Mapping[int, tuple[Message, ...]]
+    """by sender, what it sends here, in its order"""
+    needed: Mapping[Message, int]
+    """of what is sent from here, the number of the event that needs it"""
+
+    @classmethod
+    def of(cls, timeline: Timeline, rank: int) -> Route:
+        """That of one of the processes."""
+        expected: dict[int, list[Message]] = {}
+        needed: dict[Message, int] = {}
+        numbers = {
+            (e.is_forward, e.micro_batch, e.stop, e.chunk): number
+            for number, e in enumerate(timeline.events)
+        }
+        for event in timeline.events:
+            way = timeline.ways[event.micro_batch]
+            for message in sent_after(way, event):
+                target = way[message.stop]
+                if target.rank == event.rank:
+                    continue
+                if target.rank == rank:
+                    expected.setdefault(event.rank, []).append(message)
+                elif event.rank == rank:
+                    chunk = 0 if target.is_home else message.chunk
+                    needed[message] = numbers[(*message[:3], chunk)]
+        return cls(timeline, {sender: tuple(order) for sender, order in expected.items()}, needed)
+
+
 GRACE = 8
 """events of a process before it waits for what it has sent to be taken in"""
 
@@ -65,34 +98,17 @@ class Mail:
     after the plan's receiver has needed it, when waiting for that can wait for no one in turn.
     """
 
-    def __init__(self, timeline: Timeline, channel: Channel) -> None:
+    def __init__(self, route: Route, channel: Channel) -> None:
         self.channel = channel
         self.rank = channel.group.rank
-        self.ways = timeline.ways
+        self.ways = route.timeline.ways
         self.box: dict[Message, Any] = {}
         self.likes: dict[Message, list[Tensor]] = {}
         """of gradients to come: shapes"""
-        self.expected: dict[int, deque[Message]] = {}
-        """by sender"""
-        self.needed: dict[Message, int] = {}
-        """number of the event that needs a message of this process"""
+        self.expected = {sender: deque(order) for sender, order in route.expected.items()}
+        self.needed = route.needed
         self.sent: deque[Message] = deque()
         self.recent: deque[int] = deque(maxlen=GRACE)
-        numbers = {
-            (e.is_forward, e.micro_batch, e.stop, e.chunk): number
-            for number, e in enumerate(timeline.events)
-        }
-        for event in timeline.events:
-            way = self.ways[event.micro_batch]
-            for message in sent_after(way, event):
-                target = way[message.stop]
-                if target.rank == event.rank:
-                    continue
-                if target.rank == self.rank:
-                    self.expected.setdefault(event.rank, deque()).append(message)
-                elif event.rank == self.rank:
-                    chunk = 0 if target.is_home else message.chunk
-                    self.needed[message] = numbers[(*message[:3], chunk)]
 
     def begin(self, number: int) -> None:
         """An event of this process comes: let go of what must have been taken in long ago."""

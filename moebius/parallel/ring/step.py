@@ -24,8 +24,8 @@ from moebius.model.ledger import Ledger
 from moebius.model.objective import TeacherModel
 from moebius.parallel.batch import row_ranges
 from moebius.parallel.messages import tensors_of
-from moebius.parallel.ring.mail import Mail, Message, Parcel, severed
-from moebius.parallel.ring.timeline import Event, Timeline
+from moebius.parallel.ring.mail import Mail, Message, Parcel, Route, severed
+from moebius.parallel.ring.timeline import Event
 
 if TYPE_CHECKING:
     from moebius.parallel.ring.executor import RingExecutor
@@ -57,7 +57,7 @@ class RingStep:
     def __init__(
         self,
         executor: RingExecutor,
-        timeline: Timeline,
+        route: Route,
         micro_batches: Sequence[TokenBatch],
         step: StepContext,
         num_labels: int,
@@ -68,9 +68,9 @@ class RingStep:
         self.local = executor.local
         self.recompute = executor.config.recompute
         self.rank = executor.channel.group.rank
-        self.timeline = timeline
-        self.ways = timeline.ways
-        self.mail = Mail(timeline, executor.channel)
+        self.events = route.timeline.events
+        self.ways = route.timeline.ways
+        self.mail = Mail(route, executor.channel)
         self.micro_batches = micro_batches
         self.step = step
         self.teacher = teacher
@@ -92,7 +92,7 @@ class RingStep:
 
     def run(self) -> None:
         """Every event of this process, in order."""
-        for number, event in enumerate(self.timeline.events):
+        for number, event in enumerate(self.events):
             if event.rank == self.rank:
                 self.mail.begin(number)
                 self.do(event)
@@ -112,8 +112,7 @@ class RingStep:
     def _home(self, event: Event) -> None:
         """Take tokens back, decide who goes on, or read what the model says."""
         number, depth = event.micro_batch, self.places[event.stop].depth
-        batch, work = self.micro_batches[number], Work()
-        self.works[_key(event)] = work
+        batch, work = self.micro_batches[number], self._work(event)
         step = self._step(event, 0, len(batch.tokens_BS))
         with self.local.autocast(batch.tokens_BS.device):
             tokens = self._tokens(number, 0, len(batch.tokens_BS))
@@ -177,7 +176,7 @@ class RingStep:
     def _slice(self, event: Event) -> None:
         """A visit to this process's slice."""
         message = Message(True, event.micro_batch, event.stop, event.chunk)
-        work = self.works[_key(event)] = Work()
+        work = self._work(event)
         parcel, leaves = self.mail.take(message)
         work.arrived.append((message.answer, leaves))
         left = self.left.pop(event.micro_batch, None)
@@ -284,6 +283,13 @@ class RingStep:
 
     # What events need
 
+    def _work(self, event: Event) -> Work:
+        """A new record, kept where there will be a backward pass."""
+        work = Work()
+        if self.trains:
+            self.works[_key(event)] = work
+        return work
+
     def _step_of_chunk(self, event: Event) -> StepContext:
         size = self.ways[event.micro_batch][event.stop].num_chunks
         return self._step(event, *self._chunk_rows(event.micro_batch, event.chunk, size))
@@ -297,14 +303,15 @@ class RingStep:
         return replace(self.step, ledger=ledger, micro_batch=number)
 
     def _tokens(self, number: int, start: int, end: int) -> TokenContext:
-        """The context of some rows of a micro-batch."""
+        """The context of some rows of a micro-batch, with masks of its own: they are larger than
+        what is kept of a visit."""
         key = (number, start, end)
         if key not in self.contexts:
             batch = self.micro_batches[number]
             if (start, end) != (0, len(batch.tokens_BS)):
                 batch = batch.rows(start, end)
             self.contexts[key] = self.local.tokens(batch)
-        return self.contexts[key]
+        return replace(self.contexts[key])
 
     def _chunk_rows(self, number: int, chunk: int, size: int) -> tuple[int, int]:
         rows = len(self.micro_batches[number].tokens_BS)

@@ -93,18 +93,30 @@ class Timeline:
 Priority: TypeAlias = Callable[[Event], tuple[float, ...]]
 """what goes first of the work that can begin earliest; lower goes first"""
 
-PRIORITIES: dict[str, Priority] = {
-    "backward": lambda e: (e.is_forward, -e.stop if e.is_forward else e.stop, e.micro_batch),
-    "shortest": lambda e: (e.end - e.start, e.is_forward, e.micro_batch),
-    "oldest": lambda e: (e.micro_batch, e.is_forward, -e.stop),
-    "forward": lambda e: (not e.is_forward, -e.stop, e.micro_batch),
-}
+
+def _time(event: Event) -> float:
+    return event.end - event.start
+
+
+PRIORITIES: tuple[Priority, ...] = (
+    lambda e: (_time(e), e.is_forward, e.micro_batch),
+    lambda e: (not e.is_forward, _time(e), e.micro_batch),
+    lambda e: (e.is_forward, _time(e), e.micro_batch),
+    lambda e: (_time(e) / (1 if e.is_forward else 2), e.is_forward, e.micro_batch),
+)
+"""the shortest first; of forward passes, or of backward passes, before the others; and backward
+passes counted as half"""
 
 
 def plan(
-    ways: Sequence[Way], num_ranks: int, live: int, latency: float = 0.0, trains: bool = True
+    ways: Sequence[Way],
+    num_ranks: int,
+    live: int,
+    latency: float = 0.0,
+    trains: bool = True,
+    priorities: Sequence[Priority] = PRIORITIES,
 ) -> Timeline:
-    """The shortest timeline that list scheduling finds with one of `PRIORITIES`.
+    """The shortest timeline that list scheduling finds with one of the priorities.
 
     Of all work whose input is there, what can begin earliest is begun. At most `live` micro-batches
     are between their first and their last work; `latency` is the time of a message between
@@ -115,8 +127,7 @@ def plan(
     if num_ranks < 1 or live < 1:
         raise ValueError(f"{num_ranks} processes and {live} live micro-batches: at least 1 of each")
     found = [
-        _Planner(ways, num_ranks, live, latency, trains).run(priority)
-        for priority in PRIORITIES.values()
+        _Planner(ways, num_ranks, live, latency, trains).run(priority) for priority in priorities
     ]
     return min(found, key=lambda timeline: timeline.makespan)
 
@@ -131,6 +142,9 @@ class _Planner:
         self.live = live
         self.latency = latency
         self.trains = trains
+        times = [stop.forward + stop.backward for way in self.ways for stop in way]
+        self.alike = max(times, default=0.0) / 1e6
+        """times that differ by less begin together"""
         self.free = [0.0] * num_ranks
         self.ready: list[tuple[float, Event]] = []
         """when its input is there, and work without times"""
@@ -145,18 +159,17 @@ class _Planner:
         for _ in range(min(self.live, len(self.ways))):
             self._admit(0.0)
         while self.ready:
-            candidates = [self._timed(when, work) for when, work in self.ready]
-            number = min(
-                range(len(candidates)),
-                key=lambda n: (
-                    round(candidates[n].start, 6),
-                    *priority(candidates[n]),
-                    candidates[n].stop,
-                    candidates[n].chunk,
+            starts = [max(when, self.free[work.rank]) for when, work in self.ready]
+            soon = min(starts) + self.alike
+            event, number = min(
+                (
+                    (self._timed(start, self.ready[number][1]), number)
+                    for number, start in enumerate(starts)
+                    if start <= soon
                 ),
+                key=lambda found: (*priority(found[0]), found[0].stop, found[0].chunk),
             )
             del self.ready[number]
-            event = candidates[number]
             self.free[event.rank] = event.end
             events.append(event)
             self._finish(event)
@@ -172,9 +185,8 @@ class _Planner:
         for chunk in range(way[0].num_chunks):
             self.ready.append((when, Event(0.0, 0.0, way[0].rank, True, number, 0, chunk)))
 
-    def _timed(self, when: float, work: Event) -> Event:
+    def _timed(self, start: float, work: Event) -> Event:
         stop = self.ways[work.micro_batch][work.stop]
-        start = max(when, self.free[stop.rank])
         end = start + (stop.forward if work.is_forward else stop.backward)
         return Event(
             start, end, stop.rank, work.is_forward, work.micro_batch, work.stop, work.chunk
@@ -214,7 +226,7 @@ def simulate(
     orders: Sequence[Sequence[tuple[bool, int, int, int]]],
     latency: float = 0.0,
 ) -> Timeline:
-    """The timeline of given orders: by process, (is_forward, micro_batch, stop, chunk).
+    """The timeline of any orders: by process, (is_forward, micro_batch, stop, chunk).
 
     Raises ValueError where processes would wait for each other.
     """

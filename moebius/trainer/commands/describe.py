@@ -26,7 +26,7 @@ from moebius.model.recursion.config import ExpertChoiceConfig, TokenChoiceConfig
 from moebius.parallel.batch import row_ranges
 from moebius.parallel.explain import ring_lines
 from moebius.parallel.ring.advice import Job, Machine, Price, gigabytes, prices, recommend
-from moebius.parallel.ring.executor import plan_ring
+from moebius.parallel.ring.executor import joined, plan_ring
 from moebius.parallel.ring.picture import characters, svg
 from moebius.parallel.ring.slices import cut_ring
 from moebius.trainer.config import RunConfig
@@ -89,7 +89,8 @@ def _job(config: RunConfig, decoder: Decoder, arguments: argparse.Namespace) -> 
     except ValueError as error:
         raise LayoutError(f"--processes: {size}, but {error}", "try fewer") from None
     rows = config.train.micro_batch_size or config.train.batch_size
-    return Job(size, len(row_ranges(config.train.batch_size, rows, 0, 1)), rows, length)
+    number = len(row_ranges(config.train.batch_size, rows, 0, 1))
+    return Job(size, number, rows, length, config.train.recompute)
 
 
 def _print_layouts(
@@ -105,7 +106,8 @@ def _print_layouts(
     lines: list[str] = []
     if parallel.rp > 1:
         ring, costs = cut_ring(decoder, parallel.rp, job.row_length, parallel.ring.costs)
-        timeline = plan_ring(ring, costs, parallel.ring, job.num_micro_batches)
+        number = joined(ring, parallel.ring, job.num_micro_batches)
+        timeline = plan_ring(ring, costs, parallel.ring, number)
         lines += [*ring_lines(ring), *characters(timeline, PLAN_WIDTH)]
         if arguments.timeline:
             write_whole(Path(arguments.timeline), svg(timeline))

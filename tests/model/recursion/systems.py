@@ -127,7 +127,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "token bias": {
         "depth": depth(kv="shared_first", router=token(BIAS, norm={"kind": "sigmoid"}, alpha=0.5))
     },
-    "token hybrid": {"depth": depth(3, 2, kv="hybrid", router=token(scorer=MLP))},
+    "token hybrid": {"depth": depth(3, 2, kv="hybrid", router=token(scorer=MLP, multiple_of=5))},
     "token groups": {"depth": depth(2, 1, groups=2, router=token(BIAS, scope="global"))},
     "token full depth": {"depth": depth(router=token(BIAS, full_depth_steps=21))},
     "lora": {"depth": depth(2, 2, adapter={"kind": "lora", "rank": 2, "scale": 0.5})},

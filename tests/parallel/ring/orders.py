@@ -97,7 +97,7 @@ def homes(num_ranks: int, block_layers: float, head: float, head_stops: int) -> 
     """Ways of `num_ranks` micro-batches with homes in turn, through three passes; costs in layers.
 
     In front of the loop and behind it is a layer; a router costs 0.05. The head is so many stops,
-    between which other work can come.
+    between which other work can come, or with 0 one with that layer.
     """
 
     def stop(rank: int, cost: float, is_home: bool = True) -> Stop:
@@ -110,6 +110,9 @@ def homes(num_ranks: int, block_layers: float, head: float, head_stops: int) -> 
             way.append(stop(home, 0.05 + (depth == 0)))
             cost = block_layers / num_ranks * share
             way += [stop(rank, cost, False) for rank in range(num_ranks)]
-        way += [stop(home, 1.0), *[stop(home, head / head_stops)] * head_stops]
+        if head_stops:
+            way += [stop(home, 1.0), *[stop(home, head / head_stops)] * head_stops]
+        else:
+            way.append(stop(home, 1.0 + head))
         ways.append(tuple(way))
     return ways

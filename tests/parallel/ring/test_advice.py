@@ -2,6 +2,7 @@
 
 import xml.etree.ElementTree as ET
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,28 @@ def test_what_is_recommended() -> None:
 
 @pytest.mark.parametrize(("live", "verdict"), [(1, "more"), (16, "less")])
 def test_a_ring_is_not_said_to_wait_less_where_it_does_not(live: int, verdict: str) -> None:
-    found = prices(decoder_of(), JOB, MACHINE, RingConfig(live=live))
+    """Idle time over what has to be computed, of which recomputation is no part."""
+    decoder = decoder_of()
+    found = prices(decoder, JOB, MACHINE, RingConfig(live=live))
     _, reasons = recommend(found, JOB, MACHINE)
-    assert f"{verdict} than the 18.8% of 1F1B over unrolled stages" in reasons[-1]
+    ring, costs = cut_ring(decoder, 4, 64)
+    timeline = plan_ring(ring, costs, RingConfig(live=live), 16)
+    worked = sum(event.end - event.start for event in timeline.events)
+    idle = timeline.makespan * 4 - worked
+    once = plan_ring(ring, costs, RingConfig(live=live, recompute=False), 16)
+    needed = sum(event.end - event.start for event in once.events)
+    assert worked > needed
+    assert (idle / needed < 3 / 16) == (verdict == "less")
+    assert reasons[-1].startswith(f"the ring waits {idle / needed:.1%} of its work, {verdict} than")
+    assert "than the 18.8% of 1F1B over unrolled stages" in reasons[-1]
+
+
+def test_the_others_may_recompute_too() -> None:
+    decoder = decoder_of()
+    plain = by_name(decoder)["fsdp2"]
+    again = by_name(decoder, job=replace(JOB, recompute="full"))["fsdp2"]
+    assert again.time == pytest.approx(4 / 3 * plain.time)
+    assert again.activation_bytes < plain.activation_bytes / 4
 
 
 def test_slices_are_cut_by_cost() -> None:
@@ -163,6 +183,15 @@ def test_describe_draws_the_picture_of_the_page(tmp_path: Path) -> None:
     assert "slice 3 on rp 3: layers 10, 11, 12, 3 passes" in result.stdout
     assert "rank 3 |" in result.stdout
     assert "recommended: parallel " in result.stdout
+
+
+def test_describe_plans_joined_micro_batches() -> None:
+    """As many passes as there are, as many micro-batches are one."""
+    changes = ["train.batch_size=12", "train.micro_batch_size=1", "parallel.rp=2"]
+    result = moebius("describe", "configs/moepp_mor.yaml", *changes, "parallel.ring.merge=true")
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("rank ")]
+    assert set("".join(line.partition("|")[2] for line in lines)) & set("456789") == set()
 
 
 @pytest.mark.parametrize(

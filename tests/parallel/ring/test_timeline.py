@@ -1,14 +1,22 @@
 """Plans of rings are possible and good, and the simulator gives figures known from another one."""
 
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
 
-from moebius.parallel.ring.timeline import Event, Stop, Timeline, Way, plan, simulate
+from moebius.parallel.ring.timeline import Event, Priority, Stop, Timeline, Way, plan, simulate
 from tests.parallel.ring.orders import bound, homes, looped, merged, shares, unrolled
 
 POINTS = 0.02
+PUBLISHED: tuple[Priority, ...] = (
+    lambda e: (e.is_forward, -e.stop if e.is_forward else e.stop, e.micro_batch),
+    lambda e: (e.end - e.start, e.is_forward, e.micro_batch),
+    lambda e: (e.micro_batch, e.is_forward, -e.stop),
+    lambda e: (not e.is_forward, -e.stop, e.micro_batch),
+)
+"""rules with which the figures in `HOMES` were found"""
 ORDERS = [
     # num_ranks, passes, micro-batches, bound, unrolled, looped in groups of P, 2P and 3P, merged
     (4, 2, 24, 8.3, (12.5, 6), (14.8, 9.5), (8.3, 15), (8.3, 19), (8.3, 15)),
@@ -46,11 +54,29 @@ def test_bubbles_and_peaks_of_given_orders(row: tuple[object, ...]) -> None:
         assert max(timeline.peaks) == pytest.approx(peak, abs=0.1)
 
 
+def test_bubbles_of_our_plans_with_homes() -> None:
+    """The last stop of a micro-batch is one piece of work."""
+    found = {live: plan(homes(4, 10, 4.8, 0) * 8, 4, live).bubble for live in (4, 8, 12)}
+    assert found == pytest.approx({4: 0.28, 8: 0.15, 12: 0.075}, abs=0.005)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e12])
+def test_the_unit_of_time_changes_nothing(scale: float) -> None:
+    def scaled(stop: Stop) -> Stop:
+        return replace(stop, forward=scale * stop.forward, backward=scale * stop.backward)
+
+    ways = routed(4, 3, 12)
+    timeline = plan(ways, 4, 8)
+    other = plan([tuple(map(scaled, way)) for way in ways], 4, 8)
+    assert list(map(str, other.events)) == list(map(str, timeline.events))
+
+
 @pytest.mark.parametrize("model", HOMES, ids=str)
 def test_bubbles_with_homes(model: tuple[float, float]) -> None:
     for live, bubble in HOMES[model].items():
         found = min(
-            plan(homes(4, *model, head_stops=stops) * 8, 4, live).bubble for stops in (1, 4)
+            plan(homes(4, *model, head_stops=stops) * 8, 4, live, priorities=PUBLISHED).bubble
+            for stops in (1, 4)
         )
         assert found == pytest.approx(bubble / 100, abs=POINTS), live
 
