@@ -297,3 +297,27 @@ def test_attached_losses_enter_the_gradient_with_their_coefficient() -> None:
     without, once, twice = (router_gradient(c) for c in (0.0, 1.0, 2.0))
     assert float((once - without).abs().max()) > 1e-6
     torch.testing.assert_close(twice - without, 2 * (once - without), rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("capacity", [None, {"factor": 0.8}])
+def test_what_was_decided_is_not_decided_again(capacity: dict[str, Any] | None) -> None:
+    """As where a visit is computed again: scores that came out otherwise change no choice."""
+    router = MOE["router"] | {"capacity": capacity}
+    executor = build(ffn=MOE | {"router": router}, depth={"num_layers": 2})
+    batch = random_batch(2, 16)
+
+    def executed(step: StepContext) -> list[list[float]]:
+        ledger = Ledger(keep_routings=True)
+        executor.hidden(batch, replace(step, ledger=ledger))
+        loads = [sums["executed_tokens"].tolist() for sums in ledger.statistics.values()]
+        return [*loads, *(ids.flatten().tolist() for ids in ledger.routings.values())]
+
+    fresh = StepContext("topk", Ledger(), training=True)
+    again = replace(fresh, decisions={})
+    first = executed(again)
+    assert executed(fresh) == first
+    for name, parameter in executor.decoder.named_parameters():
+        if "scorer" in name:
+            parameter.data.neg_()
+    assert executed(again) == first
+    assert executed(fresh) != first

@@ -37,10 +37,12 @@ def teacher() -> TeacherModel:
 
 
 @cache
-def local_gradients(name: str, rows: int = ROWS, distils: bool = False) -> dict[str, Any]:
+def local_gradients(
+    name: str, rows: int = ROWS, distils: bool = False, autocast: torch.dtype | None = None
+) -> dict[str, Any]:
     """Of one process, all rows at once, and the losses."""
     decoder = decoder_of(name, torch.float32)
-    result = LocalExecutor(decoder).accumulate_gradients(
+    result = LocalExecutor(decoder, autocast).accumulate_gradients(
         [documents(rows)], context(), teacher() if distils else None
     )
     found = {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
@@ -53,11 +55,12 @@ def ring_gradients(
     rings: Sequence[dict[str, Any]],
     rows: int = ROWS,
     distils: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> list[dict[str, Any]]:
     """The same on a layout with `rp`, once for each way to go around."""
     config = ParallelConfig.model_validate(options | {"data": "ddp"})
     decoder = decoder_of(name, torch.float32)
-    layout = Layout(decoder, config, sgd, LENGTH)
+    layout = Layout(decoder, config, sgd, LENGTH, autocast)
     found = []
     for ring in rings:
         decoder.zero_grad()

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.parity.forks import run_forked
 from tests.parity.layouts import CLIPS, Case, has_state
@@ -84,6 +85,20 @@ def test_gradients_of_distillation() -> None:
     name = ring_name("dense", 2, True)
     assert "distillation_loss" in local_gradients(name, ROWS, True)
     check_gradients(name, 2, {"rp": 2}, [{}], distils=True)
+
+
+def test_a_visit_in_bf16_is_computed_again_alike() -> None:
+    """But for the order in which fp32 sums are added up, which is the plan's; and the gradients
+    are those of one process but for bf16."""
+    name, ways = ring_name("moepp", 3, True), [{"recompute": True}, {"recompute": False}]
+    expected = local_gradients(name, ROWS, False, torch.bfloat16)
+    args = ({"rp": 2}, ways, ROWS, False, torch.bfloat16)
+    for again, kept in run_forked(2, ring_gradients, name, *args):
+        assert again.keys() == kept.keys() == expected.keys()
+        for key, value in expected.items():
+            scale = np.abs(value).max()
+            assert np.abs(again[key] - kept[key]).max() <= 1e-5 * scale, key
+            assert np.abs(kept[key] - value).max() <= 0.05 * scale, key
 
 
 STEPS: dict[str, tuple[str, Case]] = {
