@@ -195,7 +195,7 @@ def executed_bubble(ring: dict[str, Any], num_ranks: int, per_second: float) -> 
     layout = built({"rp": num_ranks, "data": "ddp", "ring": ring}, TINY)
     executor = layout.executor
     assert isinstance(executor, RingExecutor)
-    _, executor.costs = cut_ring(decoder_of(MODEL), num_ranks, LENGTH)
+    executor.ring = cut_ring(decoder_of(MODEL), num_ranks, LENGTH)
     timeline = executor.timeline(PLAN_ROWS)
     scale = per_second * PLAN_SECONDS / timeline.makespan
     seen: list[tuple[float, float, float]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ from moebius.parallel.messages import Channel, directed
 from moebius.parallel.pipeline import PipelineExecutor, neighbours
 from moebius.parallel.place import place, row_spread
 from moebius.parallel.ring.executor import RingExecutor
-from moebius.parallel.ring.slices import Costs, Ring, cut_ring, ring_parts
+from moebius.parallel.ring.slices import Ring, cut_ring, ring_parts
 from moebius.parallel.stage import Stage, cut_stages, keep_parts, parts_of
 from moebius.parallel.zero import ZeroEngine
+
+Executor: TypeAlias = LocalExecutor | PipelineExecutor | RingExecutor
 
 
 class Layout:
@@ -55,9 +57,8 @@ class Layout:
         """of the whole model"""
         self.stages = _stages(decoder, config, row_length)
         self.ring: Ring | None = None
-        costs: Costs | None = None
         if config.rp > 1:
-            self.ring, costs = cut_ring(decoder, config.rp, row_length, config.ring.costs)
+            self.ring = cut_ring(decoder, config.rp, row_length, config.ring.costs)
         cost = None
         if config.context.adaptive:
             cost = sequence_cost(
@@ -68,15 +69,7 @@ class Layout:
         decoder.to(device)  # only now: a device need not hold the whole model
         spread = row_spread(config, self.mesh, cost)
         local = LocalExecutor(decoder, autocast_dtype, spread=spread)
-        self.executor: LocalExecutor | PipelineExecutor | RingExecutor = local
-        depth = self.mesh.depth
-        if self.ring is not None and costs is not None:
-            channel = Channel(depth, *directed(self.mesh, self.ring.pairs), device)
-            self.executor = RingExecutor(local, self.ring, costs, channel, config.ring)
-        elif self.stages:
-            own = self.stages[depth.rank :: depth.size]
-            channel = Channel(depth, *directed(self.mesh, neighbours(self.stages, depth)), device)
-            self.executor = PipelineExecutor(local, own, channel, config.pipeline.schedule)
+        self.executor = self._executor(local, device)
         self.engine: Engine
         self.compute: Callable[[Callable[[], Any]], Any] = lambda function: function()
         """how what only reads the weights is run"""
@@ -95,6 +88,18 @@ class Layout:
             self.engine = ZeroEngine(placed, self.mesh, make_optimizer)
         else:
             self.engine = ReplicatedEngine(placed, self.mesh, make_optimizer)
+
+    def _executor(self, local: LocalExecutor, device: torch.device) -> Executor:
+        """What runs the parts of this process; a collective call."""
+        depth = self.mesh.depth
+        if self.ring is not None:
+            channel = Channel(depth, *directed(self.mesh, self.ring.pairs), device)
+            return RingExecutor(local, self.ring, channel, self.config.ring)
+        if self.stages:
+            own = self.stages[depth.rank :: depth.size]
+            channel = Channel(depth, *directed(self.mesh, neighbours(self.stages, depth)), device)
+            return PipelineExecutor(local, own, channel, self.config.pipeline.schedule)
+        return local
 
     def _parts(self) -> list[set[str]]:
         """Which parts of the decoder each of the processes with different layers needs."""

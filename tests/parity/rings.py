@@ -73,7 +73,7 @@ def _gradients(layout: Layout, config: RingConfig, rows: int, distils: bool) -> 
     assert isinstance(given, RingExecutor)
     assert isinstance(layout.engine, ReplicatedEngine)
     layout.config = layout.config.model_copy(update={"ring": config})
-    layout.executor = RingExecutor(given.local, given.ring, given.costs, given.channel, config)
+    layout.executor = RingExecutor(given.local, given.ring, given.channel, config)
     batch = Rows(**vars(documents(rows)))
     parts = [batch.rows(*part) for part in layout.row_ranges(rows, 1)]
     result = layout.accumulate_gradients(

@@ -20,7 +20,7 @@ from moebius.model.moe.layer import MoE
 from moebius.model.program import FINAL_STEP
 from moebius.parallel.config import RingConfig
 from moebius.parallel.ring.executor import joined, plan_ring
-from moebius.parallel.ring.slices import STREAMS_PER_LAYER, Costs, Ring, cut_ring, ring_parts
+from moebius.parallel.ring.slices import STREAMS_PER_LAYER, Ring, cut_ring, ring_parts
 from moebius.parallel.schedule import most_in_flight, simulate
 from moebius.parallel.schedule import plan as plan_pipeline
 from moebius.parallel.stage import cut_stages, part_of, parts_of, unit_costs
@@ -89,8 +89,7 @@ def prices(decoder: Decoder, job: Job, machine: Machine, config: RingConfig) -> 
 
     Raises ValueError for a program that is not one loop, or has too few layers.
     """
-    ring, costs = cut_ring(decoder, job.num_ranks, job.row_length)
-    pricing = _Pricing(decoder, job, machine, ring, costs)
+    pricing = _Pricing(decoder, job, machine, cut_ring(decoder, job.num_ranks, job.row_length))
     found = [pricing.fsdp2(), pricing.experts(), pricing.pipeline(), pricing.ring_price(config)]
     return [price for price in found if price is not None]
 
@@ -139,14 +138,12 @@ def gigabytes(number: float) -> str:
 class _Pricing:
     """One job on one machine."""
 
-    def __init__(
-        self, decoder: Decoder, job: Job, machine: Machine, ring: Ring, costs: Costs
-    ) -> None:
+    def __init__(self, decoder: Decoder, job: Job, machine: Machine, ring: Ring) -> None:
         self.decoder = decoder
         self.job = job
         self.machine = machine
         self.ring = ring
-        self.costs = costs
+        costs = ring.costs
         self.sizes: dict[str, int] = {}
         for name, parameter in decoder.named_parameters():
             part = part_of(name)
@@ -256,7 +253,7 @@ class _Pricing:
     def ring_price(self, config: RingConfig) -> Price:
         """A slice of the block, and the ends."""
         size, number = self.job.num_ranks, self.job.num_micro_batches
-        timeline = plan_ring(self.ring, self.costs, config, joined(self.ring, config, number))
+        timeline = plan_ring(self.ring, config, joined(self.ring, config, number))
         parts = ring_parts(self.decoder, self.ring)
         held = max(sum(self.sizes[part] for part in own) for own in parts)
         ends = sum(self.sizes[part] for part in parts[0].intersection(*parts))

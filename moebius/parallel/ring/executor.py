@@ -18,7 +18,7 @@ from moebius.parallel.config import RingConfig
 from moebius.parallel.ledger import merge_depth
 from moebius.parallel.messages import Channel
 from moebius.parallel.ring.mail import Route
-from moebius.parallel.ring.slices import Costs, Ring, way
+from moebius.parallel.ring.slices import Ring, way
 from moebius.parallel.ring.step import Read, RingStep
 from moebius.parallel.ring.timeline import Timeline, plan
 
@@ -36,13 +36,11 @@ class RingExecutor:
         self,
         local: LocalExecutor,
         ring: Ring,
-        costs: Costs,
         channel: Channel,
         config: RingConfig,
     ) -> None:
         self.local = local
         self.ring = ring
-        self.costs = costs
         self.channel = channel
         self.config = config
         self.routes: dict[tuple[int, bool], Route] = {}
@@ -57,7 +55,7 @@ class RingExecutor:
         if key not in self.routes:
             # Where nothing is kept, there is nothing to gain from merging.
             config = self.config if trains else self.config.model_copy(update={"merge": False})
-            timeline = plan_ring(self.ring, self.costs, config, num_micro_batches, trains)
+            timeline = plan_ring(self.ring, config, num_micro_batches, trains)
             self.routes[key] = Route.of(timeline, self.channel.group.rank)
         return self.routes[key]
 
@@ -162,7 +160,6 @@ class _Prompt:
 
 def plan_ring(
     ring: Ring,
-    costs: Costs,
     config: RingConfig,
     num_micro_batches: int,
     trains: bool = True,
@@ -171,7 +168,7 @@ def plan_ring(
     size = ring.num_ranks
     usual = size * (MERGED_LIVE_PER_RANK if config.merge else LIVE_PER_RANK)
     live = joined(ring, config, config.live or usual)
-    ways = [way(ring, costs, number % size, config) for number in range(num_micro_batches)]
+    ways = [way(ring, number % size, config) for number in range(num_micro_batches)]
     return plan(ways, size, live, trains=trains)
 
 

@@ -7,7 +7,7 @@ who enters, keeps those who do not, and has the head. So all processes hold what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -37,6 +37,20 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Forward times of full micro-batches, in any unit."""
+
+    front: float
+    """embedding and what is in front of the loop"""
+    decisions: tuple[float, ...]
+    """of the router, by pass"""
+    slices: tuple[tuple[float, ...], ...]
+    """by pass, by slice"""
+    back: float
+    """what is behind the loop, and the head"""
+
+
+@dataclass(frozen=True)
 class Ring:
     """A program, cut."""
 
@@ -47,6 +61,7 @@ class Ring:
     """at home, behind the loop"""
     slices: tuple[tuple[str, ...], ...]
     """layers by process"""
+    costs: Costs
 
     @property
     def num_ranks(self) -> int:
@@ -124,24 +139,10 @@ def find_loop(program: Program) -> Segment | None:
     return (loops or routed or [longest])[0]
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Forward times of full micro-batches, in any unit."""
-
-    front: float
-    """embedding and what is in front of the loop"""
-    decisions: tuple[float, ...]
-    """of the router, by pass"""
-    slices: tuple[tuple[float, ...], ...]
-    """by pass, by slice"""
-    back: float
-    """what is behind the loop, and the head"""
-
-
 def cut_ring(
     decoder: Decoder, num_ranks: int, row_length: int, measured: Sequence[float] | None = None
-) -> tuple[Ring, Costs]:
-    """Slices as alike in cost as whole layers allow, and what everything costs for a row.
+) -> Ring:
+    """Slices as alike in cost as whole layers allow.
 
     `measured` has the cost of each layer on a full row, in the order of the program, and of the
     head. Raises ValueError for a program that is not one loop.
@@ -150,37 +151,29 @@ def cut_ring(
     loop = find_loop(program)
     if loop is None:
         raise ValueError("a ring needs one loop")
-    by_visit, head = _costs(decoder, row_length, measured)
+    by_visit, head = _visit_costs(decoder, row_length, measured)
     layers = [visit.layer for visit in loop.passes[0]]
     totals = [
         sum(cost for visit, cost in by_visit.items() if visit.layer == layer) for layer in layers
     ]
     slices = tuple(tuple(layers[run.start : run.stop]) for run in cut(totals, num_ranks))
     first, last = loop.passes[0][0].index, loop.passes[-1][-1].index
-    units = program.units
-    ring = Ring(
-        tuple(unit for unit in units if unit.end <= first),
-        loop,
-        tuple(unit for unit in units if unit.visits[0].index > last),
-        slices,
-    )
-    of_slices = tuple(
-        tuple(
-            sum(by_visit[visit] for visit in ring.visits(Place(depth, number)))
-            for number in range(num_ranks)
-        )
-        for depth in range(1, ring.num_passes + 1)
-    )
+    front = tuple(unit for unit in program.units if unit.end <= first)
+    back = tuple(unit for unit in program.units if unit.visits[0].index > last)
+
+    def total(visits: Iterable[Visit], among: Sequence[str] | None = None) -> float:
+        return sum(by_visit[v] for v in visits if among is None or v.layer in among)
+
     costs = Costs(
-        sum(by_visit[visit] for unit in ring.front for visit in unit.visits),
-        _decisions(decoder, ring, row_length, measured is not None),
-        of_slices,
-        sum(by_visit[visit] for unit in ring.back for visit in unit.visits) + head,
+        total(visit for unit in front for visit in unit.visits),
+        _decisions(decoder, loop, row_length, measured is not None),
+        tuple(tuple(total(visits, own) for own in slices) for visits in loop.passes),
+        total(visit for unit in back for visit in unit.visits) + head,
     )
-    return ring, costs
+    return Ring(front, loop, back, slices, costs)
 
 
-def _costs(
+def _visit_costs(
     decoder: Decoder, row_length: int, measured: Sequence[float] | None
 ) -> tuple[dict[Visit, float], float]:
     """Of each visit on the tokens that the schedule foresees, and of the head."""
@@ -201,21 +194,20 @@ def _costs(
 
 
 def _decisions(
-    decoder: Decoder, ring: Ring, row_length: int, are_measured: bool
+    decoder: Decoder, loop: Segment, row_length: int, are_measured: bool
 ) -> tuple[float, ...]:
     """Next to nothing; what is measured has no unit in which a router's FLOPs could be told."""
-    depths = range(1, ring.num_passes + 1)
-    if not ring.is_routed or are_measured:
-        return (0.0,) * len(depths)
+    if loop.router is None or are_measured:
+        return (0.0,) * len(loop.passes)
     work = planned_work(decoder, 1, row_length)
-    sites = [ring.loop.site(depth) for depth in depths]
+    sites = [loop.site(number + 1) for number in range(len(loop.passes))]
     return tuple(
         float(depth_router_flops(decoder, Work(candidates={site: work.candidates[site]})))
         for site in sites
     )
 
 
-def way(ring: Ring, costs: Costs, home: int, config: RingConfig) -> Way:
+def way(ring: Ring, home: int, config: RingConfig) -> Way:
     """The stops of a micro-batch; what is kept counts residual streams of full micro-batches.
 
     With `merge` a micro-batch is as many joined ones as there are passes, and chunks share the
@@ -227,13 +219,13 @@ def way(ring: Ring, costs: Costs, home: int, config: RingConfig) -> Way:
     stops: list[Stop] = []
     for place in ring.places:
         if place.slice is None:
-            time = scale * _home_cost(ring, costs, place)
+            time = scale * _home_cost(ring, place)
             layers = _home_layers(ring, place)
             kept = scale * (1 + STREAMS_PER_LAYER * layers)
             stops.append(Stop(home, time, BACKWARD_PER_FORWARD * time, kept=kept, is_home=True))
             continue
         share, number = shares[place.depth - 1], ring.chunks(place.depth, config.merge)
-        time = scale * costs.slices[place.depth - 1][place.slice] / number
+        time = scale * ring.costs.slices[place.depth - 1][place.slice] / number
         streams = 1.0 if config.recompute else STREAMS_PER_LAYER * len(ring.slices[place.slice])
         backward = (BACKWARD_PER_FORWARD + extra) * time
         stops.append(
@@ -242,7 +234,8 @@ def way(ring: Ring, costs: Costs, home: int, config: RingConfig) -> Way:
     return tuple(stops)
 
 
-def _home_cost(ring: Ring, costs: Costs, place: Place) -> float:
+def _home_cost(ring: Ring, place: Place) -> float:
+    costs = ring.costs
     if place.depth > ring.num_passes:
         return costs.back
     decision = costs.decisions[place.depth - 1]

@@ -105,9 +105,9 @@ def _print_layouts(
     machine = Machine(arguments.flops_per_byte, 1e9 * arguments.memory)
     lines: list[str] = []
     if parallel.rp > 1:
-        ring, costs = cut_ring(decoder, parallel.rp, job.row_length, parallel.ring.costs)
+        ring = cut_ring(decoder, parallel.rp, job.row_length, parallel.ring.costs)
         number = joined(ring, parallel.ring, job.num_micro_batches)
-        timeline = plan_ring(ring, costs, parallel.ring, number)
+        timeline = plan_ring(ring, parallel.ring, number)
         lines += [*ring_lines(ring), *characters(timeline, PLAN_WIDTH)]
         if arguments.timeline:
             write_whole(Path(arguments.timeline), svg(timeline))

@@ -104,11 +104,11 @@ def test_a_ring_is_not_said_to_wait_less_where_it_does_not(live: int, verdict: s
     decoder = decoder_of()
     found = prices(decoder, JOB, MACHINE, RingConfig(live=live))
     _, reasons = recommend(found, JOB, MACHINE)
-    ring, costs = cut_ring(decoder, 4, 64)
-    timeline = plan_ring(ring, costs, RingConfig(live=live), 16)
+    ring = cut_ring(decoder, 4, 64)
+    timeline = plan_ring(ring, RingConfig(live=live), 16)
     worked = sum(event.end - event.start for event in timeline.events)
     idle = timeline.makespan * 4 - worked
-    once = plan_ring(ring, costs, RingConfig(live=live, recompute=False), 16)
+    once = plan_ring(ring, RingConfig(live=live, recompute=False), 16)
     needed = sum(event.end - event.start for event in once.events)
     assert worked > needed
     assert (idle / needed < 3 / 16) == (verdict == "less")
@@ -125,15 +125,15 @@ def test_the_others_may_recompute_too() -> None:
 
 
 def test_slices_are_cut_by_cost() -> None:
-    ring, costs = cut_ring(decoder_of(), 2, 64)
+    ring = cut_ring(decoder_of(), 2, 64)
     assert ring.slices == (("1", "2"), ("3", "4"))
-    assert len(costs.slices) == 3
-    assert costs.slices[0][0] > costs.slices[1][0] > costs.slices[2][0]
+    assert len(ring.costs.slices) == 3
+    assert ring.costs.slices[0][0] > ring.costs.slices[1][0] > ring.costs.slices[2][0]
     measured = [1.0, 6.0, 2.0, 2.0, 2.0, 1.0, 4.0]  # of six layers and the head
-    ring, costs = cut_ring(decoder_of(), 2, 64, measured)
+    ring = cut_ring(decoder_of(), 2, 64, measured)
     assert ring.slices == (("1",), ("2", "3", "4"))
-    assert costs.slices == ((6.0, 6.0), (4.0, 4.0), (2.0, 2.0))
-    assert (costs.front, costs.back) == (1.0, 5.0)
+    assert ring.costs.slices == ((6.0, 6.0), (4.0, 4.0), (2.0, 2.0))
+    assert (ring.costs.front, ring.costs.back) == (1.0, 5.0)
     with pytest.raises(ValueError, match="a ring needs one loop"):
         cut_ring(
             decoder_of(depth={"num_layers": 4, "sharing": "sequence", "num_recursions": 2}), 2, 64
@@ -141,11 +141,11 @@ def test_slices_are_cut_by_cost() -> None:
 
 
 def test_merged_chunks_have_as_many_tokens() -> None:
-    ring, costs = cut_ring(decoder_of(), 2, 64)
-    timeline = plan_ring(ring, costs, RingConfig(merge=True), 3)
+    ring = cut_ring(decoder_of(), 2, 64)
+    timeline = plan_ring(ring, RingConfig(merge=True), 3)
     chunks = [stop.num_chunks for stop in timeline.ways[0] if not stop.is_home]
     assert chunks == [3, 3, 2, 2, 1, 1]
-    single = plan_ring(ring, costs, RingConfig(), 9)
+    single = plan_ring(ring, RingConfig(), 9)
     assert sum(e.end - e.start for e in timeline.events) == pytest.approx(
         sum(e.end - e.start for e in single.events)
     )
@@ -158,8 +158,8 @@ def test_a_timeline_of_characters() -> None:
 
 
 def test_a_timeline_as_svg() -> None:
-    ring, costs = cut_ring(decoder_of(), 4, 64)
-    timeline = plan_ring(ring, costs, RingConfig(), 8)
+    ring = cut_ring(decoder_of(), 4, 64)
+    timeline = plan_ring(ring, RingConfig(), 8)
     root = ET.fromstring(svg(timeline))
     bars = [e for e in root if e.tag.endswith("rect") and "hsl" in e.attrib["fill"]]
     assert len(bars) == len(timeline.events)
