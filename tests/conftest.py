@@ -2,10 +2,13 @@
 
 import json
 import sysconfig
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moebius.data.config import DataConfig, FilesSource
 from moebius.data.manifest import Manifest
@@ -98,3 +101,16 @@ def run_tree(data_config: DataConfig, manifest: Manifest, tmp_path: Path) -> dic
 @pytest.fixture
 def run_config(run_tree: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(run_tree)
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[None]:
+    """For tests that fork: one thread, and everything imported that an optimizer step imports when
+    it first needs it, which would take each forked process seconds."""
+    import_module("moebius.parallel.fsdp")
+    layouts = import_module("tests.parity.layouts")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    layouts.train("dense", layouts.Case())
+    yield
+    torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from moebius.parallel.layout import Layout
 from moebius.parallel.ring.executor import RingExecutor
 from tests.parity.layouts import FIRST_STEP, LENGTH, Rows, decoder_of, documents, sgd
 
-ROWS = 7
+ROWS = 5
 """micro-batches of one row: not a multiple of 2, 3 or 4"""
 
 

@@ -4,14 +4,11 @@ Quick: each layout with one model, in turn. Slow: the others, and every combinat
 legal and what is refused is listed in docs/layouts.md.
 """
 
-from collections.abc import Iterator
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.parity.forks import run_forked
 from tests.parity.layouts import (
@@ -25,6 +22,7 @@ from tests.parity.layouts import (
 )
 from tests.parity.models import MODELS
 
+pytestmark = pytest.mark.usefixtures("warm")
 TOLERANCE = 1e-7
 """of numbers that routers hold in fp32; everything else is within 1e-11"""
 CASES = [
@@ -34,17 +32,6 @@ CASES = [
     if is_tried(layout, model) and refusal(layout, model) is None
 ]
 COMBINED = [name for name in COMBINATIONS if refusal(name, "moepp_mor") is None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _warm() -> Iterator[None]:
-    """Import in this process, once, what an optimizer step imports when it first needs it."""
-    import_module("moebius.parallel.fsdp")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    train("dense", Case())
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

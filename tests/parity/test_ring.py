@@ -13,15 +13,10 @@ from tests.parity.models import PASSES, RING_MODELS, ring_name
 from tests.parity.rings import ROWS, local_gradients, ring_gradients
 from tests.parity.test_layouts import check_case
 
+pytestmark = pytest.mark.usefixtures("warm")
 TOLERANCE = 1e-6
 """absolute, of gradients in fp32"""
 GRID = list(product((2, 3, 4), PASSES, (False, True), ("dense", "moepp")))
-
-
-def rings(num_ranks: int) -> list[dict[str, Any]]:
-    """Every number of live micro-batches, with and without recomputation."""
-    numbers = sorted({2, num_ranks, min(2 * num_ranks, ROWS), ROWS})
-    return [{"live": live, "recompute": again} for live, again in product(numbers, (True, False))]
 
 
 def check_gradients(
@@ -29,10 +24,11 @@ def check_gradients(
     processes: int,
     options: dict[str, Any],
     rings: list[dict[str, Any]],
+    rows: int = ROWS,
     distils: bool = False,
 ) -> None:
     """Those of every process against those of one alone, in fp32."""
-    expected, args = local_gradients(name, ROWS, distils), (rings, ROWS, distils)
+    expected, args = local_gradients(name, rows, distils), (rings, rows, distils)
     for results in run_forked(processes, ring_gradients, name, options, *args, timeout=240.0):
         for ring, got in zip(rings, results, strict=True):
             assert got.keys() == expected.keys()
@@ -43,8 +39,14 @@ def check_gradients(
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "passes", "is_routed", "block"), GRID)
 def test_gradients(num_ranks: int, passes: int, is_routed: bool, block: str) -> None:
-    name = ring_name(block, passes, is_routed)
-    check_gradients(name, num_ranks, {"rp": num_ranks}, rings(num_ranks))
+    """One micro-batch more than twice as many as processes; few, some and all of them live, every
+    second time with recomputation, the other ones for another number of passes."""
+    rows, size = 2 * num_ranks + 1, num_ranks
+    rings = [
+        {"live": live, "recompute": (number + passes) % 2 == 0}
+        for number, live in enumerate(sorted({2, size, 2 * size, rows}))
+    ]
+    check_gradients(ring_name(block, passes, is_routed), size, {"rp": size}, rings, rows)
 
 
 BESIDE: dict[str, dict[str, Any]] = {"dp": {}, "tp": {"tp": 2}, "ep": {"ep": 2}}
@@ -84,7 +86,7 @@ def test_gradients_of_merged_chunks(num_ranks: int) -> None:
 def test_gradients_of_distillation() -> None:
     name = ring_name("dense", 2, True)
     assert "distillation_loss" in local_gradients(name, ROWS, True)
-    check_gradients(name, 2, {"rp": 2}, [{}], distils=True)
+    check_gradients(name, 2, {"rp": 2}, [{}], ROWS, distils=True)
 
 
 def test_a_visit_in_bf16_is_computed_again_alike() -> None:

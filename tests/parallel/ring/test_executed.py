@@ -27,6 +27,7 @@ from tests.parity.layouts import LENGTH, Rows, decoder_of, documents, sgd
 from tests.parity.models import VOCABULARY, WIDTH, ring_name
 from tests.parity.rings import arrays, context
 
+pytestmark = pytest.mark.usefixtures("warm")
 FLOAT, INT32 = 4, 4
 
 

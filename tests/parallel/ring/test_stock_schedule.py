@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from tests.parity.layouts import LENGTH, decoder_of, documents
 from tests.parity.models import VOCABULARY, WIDTH, ring_name
 from tests.parity.rings import arrays, context, local_gradients, ring_gradients
 
+pytestmark = pytest.mark.usefixtures("warm")
 NUM_RANKS, PASSES, ROWS = 2, 3, 4
 NAME = ring_name("dense", PASSES, is_routed=False)
 TOLERANCE = 1e-6
