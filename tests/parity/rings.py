@@ -40,10 +40,13 @@ def teacher() -> TeacherModel:
 def local_gradients(
     name: str, rows: int = ROWS, distils: bool = False, autocast: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """Of one process, all rows at once, and the losses."""
-    decoder = decoder_of(name, torch.float32)
+    """Of one process, and the losses. With the same micro-batches: in fp32 products of other shapes
+    are rounded otherwise, and a router near a tie would choose another expert."""
+    decoder, batch = decoder_of(name, torch.float32), Rows(**vars(documents(rows)))
     result = LocalExecutor(decoder, autocast).accumulate_gradients(
-        [documents(rows)], context(), teacher() if distils else None
+        [batch.rows(number, number + 1) for number in range(rows)],
+        context(),
+        teacher() if distils else None,
     )
     found = {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
     return arrays(found | result.losses)
