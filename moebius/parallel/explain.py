@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from moebius.parallel.layout import Layout
+from moebius.parallel.ring.executor import RingExecutor
 from moebius.parallel.ring.slices import Ring
 
 
-def explain(layout: Layout, processes_per_node: int) -> Iterator[str]:
-    """The axes and their links, the stages of a pipeline, and what one process holds; nothing for
-    a process alone."""
+def explain(
+    layout: Layout, processes_per_node: int, batch_size: int, micro_batch_size: int
+) -> Iterator[str]:
+    """The axes and their links, stages or slices and the plan of a step with such a batch, and what
+    one process holds; nothing for a process alone."""
     if layout.mesh.world.size == 1:
         return
     yield from layout.mesh.describe(processes_per_node)
@@ -21,6 +24,10 @@ def explain(layout: Layout, processes_per_node: int) -> Iterator[str]:
         yield f"stage {stage.number} on pp {process}: {' '.join([*ends[0], *visits, *ends[1]])}"
     if layout.ring is not None:
         yield from ring_lines(layout.ring)
+    if isinstance(layout.executor, RingExecutor):
+        number = len(layout.row_ranges(batch_size, micro_batch_size))
+        waiting = layout.executor.timeline(number).bubble
+        yield f"a step of {number} micro-batches is planned to wait {waiting:.0%} of its work"
     held = sum(elements_here(p) for p in layout.decoder.parameters())
     groups = layout.engine.optimizer.param_groups
     updated = sum(elements_here(p) for group in groups for p in group["params"])

@@ -115,6 +115,7 @@ def test_a_ring_killed_in_a_step_goes_on_as_a_ring_and_as_one(
     output, errors = launcher.communicate(timeout=300)
     assert launcher.returncode == 0, errors
     assert "are the home of every micro-batch in turn" in output
+    assert "a step of 4 micro-batches is planned to wait " in output
 
     launcher = launch(configs["killed"], 2)
     kill_one(launcher, lambda: (tmp_path / "killed").exists() and has_step(tmp_path / "killed", 12))

@@ -86,7 +86,9 @@ def _train(
     if is_main():
         callbacks += [ConsoleCallback(console), JsonlSink(), TensorBoardSink(), RoutingRecorder()]
     training = Run(config, manifest, callbacks)
-    for line in explain(training.layout, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)):
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    rows = config.train.batch_size
+    for line in explain(training.layout, processes, rows, config.train.micro_batch_size or rows):
         say(line)
     # Only now: a run that could not be built leaves no trace in the folder.
     with lock_folder(training.folder) if is_main() else nullcontext():
