@@ -145,7 +145,7 @@ def cut_ring(
     """Slices as alike in cost as whole layers allow.
 
     `measured` has the cost of each layer on a full row, in the order of the program, and of the
-    head. Raises ValueError for a program that is not one loop.
+    head. Raises ValueError for a program that is not one loop or has too few layers in it.
     """
     program = decoder.program
     loop = find_loop(program)
@@ -153,6 +153,8 @@ def cut_ring(
         raise ValueError("a ring needs one loop")
     by_visit, head = _visit_costs(decoder, row_length, measured)
     layers = [visit.layer for visit in loop.passes[0]]
+    if len(layers) < num_ranks:
+        raise ValueError(f"the block that is repeated has {len(layers)} layers to cut")
     totals = [
         sum(cost for visit, cost in by_visit.items() if visit.layer == layer) for layer in layers
     ]

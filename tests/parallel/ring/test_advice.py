@@ -199,7 +199,10 @@ def test_describe_plans_joined_micro_batches() -> None:
     [
         (["--timeline", "x.svg"], "--timeline: parallel.rp is 1, so there is no ring"),
         (["--processes", "1"], "--processes: 1; allowed: 2 and more - leave it out"),
-        (["--processes", "9"], "--processes: 9, but 4 units cannot fill 9 stages - try fewer"),
+        (
+            ["--processes", "9"],
+            "--processes: 9, but the block that is repeated has 4 layers to cut - try",
+        ),
     ],
 )
 def test_describe_refuses_what_it_cannot_draw(options: list[str], message: str) -> None:
