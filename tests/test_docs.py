@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -109,4 +110,5 @@ def test_commands_of_the_readme_are_understood() -> None:
         _, name, *arguments = shlex.split(command)
         assert name in COMMANDS, command
         if name in ("train", "describe"):
-            load_config(ROOT / arguments[0], arguments[1:])
+            overrides = takewhile(lambda word: not word.startswith("--"), arguments[1:])
+            load_config(ROOT / arguments[0], list(overrides))

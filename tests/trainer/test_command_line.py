@@ -184,7 +184,7 @@ def test_processes_that_do_not_fill_the_axes_are_refused(config_path: Path) -> N
     assert result.returncode == 5
     assert "= 2 does not divide the 3 processes that were started" in error_line(result)
     result = moebius("train", config_path, "parallel.ep=2", env=several)
-    assert "parallel: ep * etp = 2 does not divide the 3 processes of a" in error_line(result)
+    assert "parallel: ep * etp = 2 does not divide the 3 processes that hold" in error_line(result)
     result = moebius("train", config_path, "parallel.ep=2", env=several | {"RANK": "1"})
     assert (result.returncode, result.stderr) == (5, "")
 
