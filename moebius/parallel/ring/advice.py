@@ -168,6 +168,11 @@ class _Pricing:
         self.activations = self.stream * streams * sum(self.shares.values())
         """bytes of a micro-batch in all layers"""
 
+    def _busy(self, num_micro_batches: float) -> float:
+        """FLOPs of so many micro-batches without a ring."""
+        again = 1 if self.job.recompute == "full" else 0
+        return (1 + BACKWARD_PER_FORWARD + again) * self.forward * num_micro_batches
+
     def _price(
         self,
         name: str,
@@ -175,26 +180,11 @@ class _Pricing:
         state: float,
         activations: float,
         sent: float,
-        num_micro_batches: float,
+        time: float,
         bubble: float = 0.0,
     ) -> Price:
-        work = (1 + BACKWARD_PER_FORWARD) * self.forward * num_micro_batches
-        if self.job.recompute == "full":
-            work += self.forward * num_micro_batches
-        busy = work * (1 + bubble)
-        return self._timed(name, options, state, activations, sent, busy, bubble)
-
-    def _timed(
-        self,
-        name: str,
-        options: str,
-        state: float,
-        activations: float,
-        sent: float,
-        busy: float,
-        bubble: float,
-    ) -> Price:
-        time = max(busy, sent * self.machine.flops_per_byte)
+        """`time` is that of work and waiting; messages may take longer."""
+        time = max(time, sent * self.machine.flops_per_byte)
         return Price(name, options, state, activations, sent, bubble, time)
 
     def fsdp2(self) -> Price:
@@ -204,7 +194,9 @@ class _Pricing:
         loop = sum(self.sizes[part] for part in self._block())
         sent = 3 * ELEMENT * self.total * (size - 1) / size * self.own
         state = STATE * self.total / size + 2 * ELEMENT * loop
-        return self._price("fsdp2", "data: fsdp2", state, self.activations, sent, self.own)
+        return self._price(
+            "fsdp2", "data: fsdp2", state, self.activations, sent, self._busy(self.own)
+        )
 
     def experts(self) -> Price | None:
         """Experts are shared out; all else is held by everyone, but for its moments (ZeRO-1)."""
@@ -221,7 +213,9 @@ class _Pricing:
             if isinstance(moe := getattr(self.decoder.layers[visit.layer], "ffn", None), MoE)
         )
         sent = 4 * rows * self.stream * self.own
-        return self._price("experts", f"ep: {size}", state, self.activations, sent, self.own)
+        return self._price(
+            "experts", f"ep: {size}", state, self.activations, sent, self._busy(self.own)
+        )
 
     def pipeline(self) -> Price | None:
         """The unrolled depth in stages of equal cost; what several stages hold is added up."""
@@ -247,8 +241,8 @@ class _Pricing:
             for count, time in zip(most_in_flight(actions), times, strict=True)
         )
         bubble = 1 / (1 - timing.idle_share) - 1
-        state, each = STATE * held, number / size
-        return self._price("pipeline", f"pp: {size}", state, kept, sent, each, bubble)
+        time = self._busy(number / size) * (1 + bubble)
+        return self._price("pipeline", f"pp: {size}", STATE * held, kept, sent, time, bubble)
 
     def ring_price(self, config: RingConfig) -> Price:
         """A slice of the block, and the ends."""
@@ -270,7 +264,7 @@ class _Pricing:
         if config.recompute:  # one visit at a time is whole
             layers = max(len(layers) for layers in self.ring.slices)
             again = self.stream * STREAMS_PER_LAYER * layers
-        return self._timed(
+        return self._price(
             "ring",
             f"rp: {size}" + ", ring: {merge: true}" * config.merge,
             STATE * held,

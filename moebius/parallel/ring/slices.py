@@ -23,7 +23,7 @@ from moebius.parallel.stage import last_parts, layer_parts
 
 STREAMS_PER_LAYER = 17
 """residual streams that the activations of a layer take for the same tokens, about (Korthikanti et
-al. 2022, arXiv 2205.05198, equation 2 without attention scores: 34 bytes per channel in bf16)"""
+al. 2022, arXiv 2205.05198, equation 1 without attention scores: 34 bytes per channel in bf16)"""
 
 
 @dataclass(frozen=True)

@@ -195,10 +195,9 @@ class RingStep:
             work.stayed = [t for t in tensors_of(self.left[event.micro_batch]) if t.requires_grad]
             outputs = outputs + kept
         if again:
-            ledger = Ledger(step.ledger.share)
-            outputs = []
-            has_left = bool(work.stayed)
-            work.outputs = lambda: _floats(*_first(visit(replace(step, ledger=ledger)), has_left))
+            silent = replace(step, ledger=Ledger(step.ledger.share))  # all is booked already
+            count = 2 if work.stayed else 1
+            work.outputs = lambda: _floats(*visit(silent)[:count])
         else:
             work.outputs = lambda: outputs
 
@@ -339,7 +338,3 @@ def _rows(parcel: Parcel, start: int, end: int) -> Parcel:
 def _floats(*nests: Any) -> list[Tensor]:
     """The tensors of nests that can have gradients; in each nest every one once."""
     return [t for nest in nests for t in tensors_of(nest) if t.is_floating_point()]
-
-
-def _first(made: tuple[Parcel, Carry], has_left: bool) -> tuple[Any, ...]:
-    return made if has_left else made[:1]
