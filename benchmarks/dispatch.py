@@ -161,7 +161,7 @@ def batches(corpus: NDArray[np.uint16]) -> Iterator[Batch]:
     while True:
         starts = generator.integers(0, len(corpus) - LENGTH - 1, (ROWS, 1))
         windows = corpus[starts + np.arange(LENGTH + 1)].astype(np.int64)
-        yield make_batch(windows, eod_id=0)
+        yield make_batch([[window] for window in windows], LENGTH, eod_id=0)
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:

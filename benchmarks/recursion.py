@@ -69,7 +69,8 @@ def compare(rows: int, length: int) -> dict[str, object]:
     for number in range(WARMUP + STEPS):
         windows = generator.integers(1, config.vocab_size, (rows, length + 1))
         for trainee in trainees.values():
-            trainee.step(make_batch(windows, eod_id=0), number)
+            samples = [[window] for window in windows]
+            trainee.step(make_batch(samples, length, eod_id=0), number)
     gc.enable()
     medians = {
         name: statistics.median(trainee.seconds[WARMUP:]) for name, trainee in trainees.items()

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from moebius.data.config import DataConfig, FilesSource
+from moebius.data.corpus import Corpora
 from moebius.data.manifest import Manifest
-from moebius.data.prepare import prepare
+from moebius.data.prepare import Workshop, prepare
 from moebius.trainer.config import RunConfig
 
 VOCAB_SIZE = 512
+QUIET = Workshop(lambda line: None)
 MODULES = ("argparse", "ast", "calendar", "configparser", "csv", "datetime", "difflib", "enum")
 """standard-library modules whose source is the corpus of the tests"""
 
@@ -44,9 +46,14 @@ def data_config(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def manifest(data_config: DataConfig) -> Manifest:
+def corpora(data_config: DataConfig) -> Corpora:
     """The prepared corpus of the tests, made once."""
-    return prepare(data_config, VOCAB_SIZE, lambda line: None)
+    return prepare(data_config, VOCAB_SIZE, QUIET)
+
+
+@pytest.fixture(scope="session")
+def manifest(corpora: Corpora) -> Manifest:
+    return corpora.first.manifest
 
 
 MOE = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -18,9 +19,9 @@ class Batch:
     labels_BS: Tensor
     """the token that follows each token"""
     segment_ids_BS: Tensor
-    """which document of the row; goes up by one where a document begins"""
+    """which document of the row; goes up by one where a document or a part of one begins"""
     positions_BS: Tensor
-    """position in the document, from 0 at its start or at the row's"""
+    """position in the document, from 0 at its start, at that of its part, or at the row's"""
     sample_ids_B: Tensor
     """number of each row's sample in its stream"""
 
@@ -41,18 +42,35 @@ class Batch:
         return tuple(getattr(self, field.name) for field in fields(self))
 
 
-def make_batch(windows: NDArray[np.int64], eod_id: int, first_sample: int = 0) -> Batch:
-    """Inputs and labels of windows `[B, S + 1]`, which are consecutive samples of a stream.
+def make_batch(
+    samples: Sequence[Sequence[NDArray[np.int64]]],
+    length: int,
+    eod_id: int,
+    first_sample: int = 0,
+    mask_documents: bool = True,
+) -> Batch:
+    """Inputs and labels `[B, length]` of consecutive samples of a stream.
 
-    An end-of-document token is the last label of its document and the first input of the next one,
-    whose beginning it thus predicts from itself alone: every label counts and attention need not
-    cross a border.
+    A sample is windows of consecutive tokens, of which all but the first are labels; without a
+    window in common with another one, a part of a document has no past. An end-of-document token is
+    the last label of its document and the first input of the next one, whose beginning it thus
+    predicts from itself alone: every label counts and attention need not cross a border. Without
+    `mask_documents` a row is one text.
     """
-    tokens = windows[:, :-1]
-    is_start = tokens == eod_id
-    column = np.arange(tokens.shape[1])
-    last_start = np.maximum.accumulate(np.where(is_start, column, 0), axis=1)
-    sample_ids = first_sample + np.arange(len(windows))
-    documents, positions = np.cumsum(is_start, axis=1), column - last_start
-    arrays = (tokens, windows[:, 1:], documents, positions, sample_ids)
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+    tokens = np.empty((len(samples), length), dtype=np.int64)
+    labels = np.empty_like(tokens)
+    is_part = np.zeros_like(tokens, dtype=np.bool_)
+    for row, windows in enumerate(samples):
+        column = 0
+        for window in windows:
+            end = column + len(window) - 1
+            tokens[row, column:end], labels[row, column:end] = window[:-1], window[1:]
+            is_part[row, column] = column > 0  # a row's first part is numbered as its text is
+            column = end
+    is_start = ((tokens == eod_id) | is_part) & mask_documents
+    column_S = np.arange(length)
+    last_start = np.maximum.accumulate(np.where(is_start, column_S, 0), axis=1)
+    sample_ids = first_sample + np.arange(len(samples))
+    documents, positions = np.cumsum(is_start, axis=1), column_S - last_start
+    arrays = (tokens, labels, documents, positions, sample_ids)
+    return Batch(*(torch.from_numpy(array) for array in arrays))

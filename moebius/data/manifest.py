@@ -2,33 +2,39 @@
 
 import hashlib
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from moebius.config import ConfigNode
 from moebius.errors import DataError
 from moebius.files import file_sha256
 
 MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Shard(ConfigNode):
-    """One `.bin`/`.idx` pair."""
+class ShardEntry(ConfigNode):
+    """One shard: the files `<name>.bin`, `<name>.idx` and `<name>.sums`."""
 
-    name: str
-    documents: int
-    tokens: int
-    sha256: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    documents: PositiveInt
+    tokens: PositiveInt
+    sha256: Sha256
     """of the .bin file"""
+    index_sha256: Sha256
+    """of the .idx file"""
+    sums_sha256: Sha256
+    """of the .sums file"""
 
 
 class Split(ConfigNode):
     """The shards of one split."""
 
-    bytes: int
+    bytes: NonNegativeInt
     """UTF-8 bytes of the text, for bits per byte"""
-    shards: list[Shard] = Field(min_length=1)
+    shards: list[ShardEntry] = Field(min_length=1)
 
     @property
     def documents(self) -> int:
@@ -44,24 +50,31 @@ class Split(ConfigNode):
 class TokenizerEntry(ConfigNode):
     """The tokenizer.json beside the manifest."""
 
-    sha256: str
-    vocab_size: int
-    eod_id: int
+    sha256: Sha256
+    vocab_size: PositiveInt
+    eod_id: NonNegativeInt
 
 
 class Manifest(ConfigNode):
     """Everything a reader of the shards needs to know."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     recipe: dict[str, object]
     """source and tokenizer settings that determine the shards"""
     tokenizer: TokenizerEntry
+    dtype: Literal["uint16", "int32"]
+    """type of the tokens in the shards"""
+    duplicates: NonNegativeInt = 0
+    """documents left out because another one has their id"""
     splits: dict[str, Split]
+    """train, unless it is streamed, and validation"""
 
     @model_validator(mode="after")
-    def _has_both_splits(self) -> Self:
-        if self.splits.keys() != {"train", "validation"}:
+    def _is_consistent(self) -> Self:
+        if not {"validation"} <= self.splits.keys() <= {"train", "validation"}:
             raise ValueError("splits must be train and validation")
+        if self.dtype != ("uint16" if self.tokenizer.vocab_size <= 2**16 else "int32"):
+            raise ValueError(f"dtype {self.dtype} is not that of the vocabulary")
         return self
 
     @property
@@ -80,7 +93,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise DataError(f"data.dir: there is no prepared corpus in '{folder}'")
+        raise DataError(
+            f"data.dir: there is no prepared corpus in '{folder}'", "make it with moebius prepare"
+        )
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -91,7 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(
             f"data.dir: cannot read '{path}': {reason}", "delete the folder to rebuild"
         ) from error
-    tokenizer = folder / "tokenizer.json"
+    tokenizer = folder / TOKENIZER_NAME
     if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer.sha256:
         raise DataError(
             f"data.dir: '{tokenizer}' is missing or not the one the shards were made with",

@@ -3,74 +3,146 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 from tokenizers import Tokenizer
 
-from moebius.data.config import DataConfig
+from moebius.data.config import (
+    DataConfig,
+    HubStreamSource,
+    Source,
+    TokenizerConfig,
+    TokensSource,
+)
+from moebius.data.corpus import Corpora, Corpus, corpus_locations, open_corpora
+from moebius.data.encode import Encoded, encoded, encoded_tokens
+from moebius.data.journal import (
+    JOURNAL_NAME,
+    Journal,
+    SplitProgress,
+    SplitWriter,
+    clear,
+    read_journal,
+    tidy,
+    write_journal,
+)
 from moebius.data.manifest import (
     MANIFEST_NAME,
+    TOKENIZER_NAME,
     Manifest,
     Split,
     TokenizerEntry,
     read_manifest,
 )
-from moebius.data.shards import ShardWriter
-from moebius.data.sources import Document, documents
+from moebius.data.seen import SeenIds
+from moebius.data.shards import token_dtype
+from moebius.data.sources import Document, Documents, documents
 from moebius.data.tokenizer import count_ids, eod_id, load_tokenizer, train_tokenizer
 from moebius.errors import DataError
-from moebius.files import file_sha256, write_whole
+from moebius.files import exclusive, file_sha256, write_whole
 
 TOKENIZER_BYTES = 20_000_000
 """text a tokenizer is trained on; more changes a vocabulary of this size little"""
 SHARD_TOKENS = 100_000_000
-ENCODE_BATCH = 1000
+JOURNAL_SECONDS = 10.0
+"""work that a killed preparation loses at most"""
+STREAM_TOKENS = 100_000
+"""validation tokens that are taken from the beginning of a corpus that is streamed"""
 
 
-def prepare(config: DataConfig, vocab_size: int, report: Callable[[str], None]) -> Manifest:
-    """The manifest of the corpus in `config.dir`, which is made first where there is none.
+class Progress(Protocol):
+    """Shows how far a preparation is."""
+
+    def __call__(self, done: int, total: int | None) -> None:
+        """`done` of about `total` bytes of text."""
+
+
+def no_progress(done: int, total: int | None) -> None:
+    """Shows nothing."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What a preparation works with."""
+
+    report: Callable[[str], None]
+    progress: Progress = no_progress
+    processes: int = 1
+
+
+def prepare(config: DataConfig, vocab_size: int, workshop: Workshop) -> Corpora:
+    """The corpora of a run, which are made first where they are not there.
 
     `vocab_size` is the model's: the size of a tokenizer to be trained unless the config sets one.
-    Raises DataError where the folder holds a corpus made from another source or tokenizer.
+    Raises DataError where a folder holds a corpus made from another source or tokenizer.
     """
-    folder = Path(config.dir)
-    recipe = _recipe(config, vocab_size)
-    if (folder / MANIFEST_NAME).exists():
-        manifest = read_manifest(folder)
-        for key, wanted in recipe.items():
-            if manifest.recipe.get(key) != wanted:
-                raise DataError(
-                    f"data.{key}: '{folder}' was prepared with {manifest.recipe.get(key)}, "
-                    f"this run asks for {wanted}",
-                    "choose another data.dir or delete the folder",
-                )
-        return manifest
+    locations = corpus_locations(config)
+    tokenizer = _common_tokenizer(config, vocab_size) if config.corpora else None
+    for location, corpus in locations.values():
+        if corpus.source is not None:
+            prepare_corpus(config, corpus.source, Path(location), vocab_size, workshop, tokenizer)
+    return open_corpora(config)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    report(f"preparing corpus in {folder} from source '{config.source.kind}'")
-    tokenizer = _tokenizer(config, vocab_size, folder)
-    try:
-        splits = _write_shards(config, tokenizer, folder)
-    except OSError as error:
-        raise DataError(f"data.dir: cannot write to '{folder}': {error.strerror}") from error
-    for name, split in splits.items():
-        report(f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens")
-    manifest = Manifest(
-        recipe=recipe,
-        tokenizer=TokenizerEntry(
-            sha256=file_sha256(folder / "tokenizer.json"),
-            vocab_size=count_ids(tokenizer),
-            eod_id=eod_id(tokenizer, config.tokenizer),
-        ),
-        splits=splits,
-    )
-    # A corpus without a manifest is an unfinished one: it is made again from the start.
-    write_whole(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
+
+def prepare_corpus(
+    config: DataConfig,
+    source: Source,
+    folder: Path,
+    vocab_size: int,
+    workshop: Workshop,
+    tokenizer_file: Path | None = None,
+) -> Manifest:
+    """The manifest of the corpus in a folder, which is made first where there is none.
+
+    A preparation that was killed goes on where it was. `tokenizer_file`: the tokenizer that
+    corpora of a mixture share.
+    """
+    recipe = _recipe(config, source, vocab_size)
+    if (folder / MANIFEST_NAME).exists():
+        return _found(folder, recipe)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(folder / "lock"))
+        except BlockingIOError:
+            raise DataError(
+                f"data.dir: '{folder}' is being prepared by another process", "wait for it"
+            ) from None
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        if (folder / MANIFEST_NAME).exists():  # by the process that held the lock before
+            return _found(folder, recipe)
+        workshop.report(f"preparing corpus in {folder} from source '{source.kind}'")
+        try:
+            return _make(config, source, folder, recipe, vocab_size, workshop, tokenizer_file)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(f"data.dir: cannot write to '{folder}': {error.strerror or error}")
+
+
+def _found(folder: Path, recipe: dict[str, object]) -> Manifest:
+    """The corpus that is there. Raises DataError where another recipe has made it."""
+    manifest = read_manifest(folder)
+    for key, wanted in recipe.items():
+        if manifest.recipe.get(key) != wanted:
+            raise DataError(
+                f"data.{key}: '{folder}' was prepared with {manifest.recipe.get(key)}, "
+                f"this run asks for {wanted}",
+                "choose another data.dir, delete the folder, or set data.source=null to take what "
+                "is there",
+            )
     return manifest
 
 
-def _recipe(config: DataConfig, vocab_size: int) -> dict[str, object]:
+def _recipe(config: DataConfig, source: Source, vocab_size: int) -> dict[str, object]:
     """What determines the shards; compared, as JSON, with that of a folder found."""
     tokenizer = config.tokenizer.model_dump()
     if config.tokenizer.path is None and config.tokenizer.vocab_size is None:
@@ -78,7 +150,7 @@ def _recipe(config: DataConfig, vocab_size: int) -> dict[str, object]:
     recipe: dict[str, object] = json.loads(
         json.dumps(
             {
-                "source": config.source.model_dump(),
+                "source": source.model_dump(),
                 "tokenizer": tokenizer,
                 "validation_fraction": config.validation_fraction,
             }
@@ -87,15 +159,88 @@ def _recipe(config: DataConfig, vocab_size: int) -> dict[str, object]:
     return recipe
 
 
-def _tokenizer(config: DataConfig, vocab_size: int, folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if config.tokenizer.path is not None:
-        _save(load_tokenizer(Path(config.tokenizer.path)), path)
-    else:
-        size = config.tokenizer.vocab_size or vocab_size
-        texts = _up_to(TOKENIZER_BYTES, documents(config.source))
-        _save(train_tokenizer(texts, size, config.tokenizer.eod_token), path)
-    return load_tokenizer(path)
+def _make(
+    config: DataConfig,
+    source: Source,
+    folder: Path,
+    recipe: dict[str, object],
+    vocab_size: int,
+    workshop: Workshop,
+    tokenizer_file: Path | None,
+) -> Manifest:
+    path = folder / TOKENIZER_NAME
+    if tokenizer_file is not None:
+        write_whole(path, tokenizer_file.read_text())
+    journal = read_journal(folder, recipe, path)
+    if journal is None:
+        clear(folder)
+        if tokenizer_file is None:
+            make_tokenizer(config.tokenizer, [source], vocab_size, path)
+        journal = Journal(recipe=recipe, tokenizer_sha256=file_sha256(path))
+        write_journal(folder, journal)
+    tokenizer = load_tokenizer(path)
+    eod, num_ids = eod_id(tokenizer, config.tokenizer), count_ids(tokenizer)
+    if journal.documents:
+        workshop.report(f"  going on after {journal.documents:,} documents")
+    splits, duplicates = _Shards(config, source, folder, journal, eod, num_ids).write(workshop)
+    for name, split in splits.items():
+        workshop.report(f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens")
+    if duplicates:
+        workshop.report(f"  {duplicates:,} documents left out: another one has their id")
+    manifest = Manifest(
+        recipe=recipe,
+        tokenizer=TokenizerEntry(sha256=file_sha256(path), vocab_size=num_ids, eod_id=eod),
+        dtype="uint16" if token_dtype(num_ids).itemsize == 2 else "int32",
+        duplicates=duplicates,
+        splits=splits,
+    )
+    # A corpus without a manifest is an unfinished one.
+    write_whole(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
+    (folder / JOURNAL_NAME).unlink(missing_ok=True)
+    for split in splits.values():
+        tidy(folder, split.shards)
+    return manifest
+
+
+def make_tokenizer(
+    config: TokenizerConfig, sources: Sequence[Source], vocab_size: int, path: Path
+) -> None:
+    """Write the tokenizer.json of a corpus: a given one, or one trained on the same amount of text
+    of each source."""
+    if config.path is not None:
+        _save(load_tokenizer(Path(config.path)), path)
+        return
+    texts = itertools.chain.from_iterable(
+        _up_to(TOKENIZER_BYTES // len(sources), documents(source))
+        for source in sources
+        if not isinstance(source, TokensSource)
+    )
+    size = config.vocab_size or vocab_size
+    _save(train_tokenizer(texts, size, config.eod_token, config.special_tokens), path)
+
+
+def _common_tokenizer(config: DataConfig, vocab_size: int) -> Path | None:
+    """The tokenizer of all corpora of a mixture: that of one that is there, else a new one; None
+    where all are there."""
+    locations = corpus_locations(config).values()
+    missing = [
+        corpus.source
+        for location, corpus in locations
+        if corpus.source is not None and not (Path(location) / MANIFEST_NAME).exists()
+    ]
+    if not missing:
+        return None
+    if len(missing) < len(locations):
+        there = next(
+            location
+            for location, corpus in locations
+            if corpus.source is None or (Path(location) / MANIFEST_NAME).exists()
+        )
+        return Corpus.open(there, config.cache).storage.folder / TOKENIZER_NAME
+    path = Path(config.dir) / TOKENIZER_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_tokenizer(config.tokenizer, missing, vocab_size, path)
+    return path
 
 
 def _save(tokenizer: Tokenizer, path: Path) -> None:
@@ -119,51 +264,95 @@ def is_validation(document_id: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _write_shards(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> dict[str, Split]:
-    eod, num_ids = eod_id(tokenizer, config.tokenizer), count_ids(tokenizer)
-    writers = {name: _SplitWriter(folder, name, num_ids) for name in ("train", "validation")}
-    docs = (document for document in documents(config.source) if document.text)
-    while batch := list(itertools.islice(docs, ENCODE_BATCH)):
-        encodings = tokenizer.encode_batch_fast(
-            [document.text for document in batch], add_special_tokens=False
-        )
-        for document, encoding in zip(batch, encodings, strict=True):
-            held_out = is_validation(document.id, config.validation_fraction)
-            writer = writers["validation" if held_out else "train"]
-            writer.write([*encoding.ids, eod], len(document.text.encode()))
-    splits = {name: writer.close() for name, writer in writers.items()}
-    for name, split in splits.items():
-        if split.documents == 0:
-            total = sum(split.documents for split in splits.values())
-            raise DataError(
-                f"data.source: {total} documents with text in '{config.source.kind}' leave none "
-                f"for the {name} split",
-                "give more text or change data.validation_fraction"
-                if total
-                else "the corpus is empty",
+class _Shards:
+    """Writes the shards of a corpus, from where its journal says on."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        source: Source,
+        folder: Path,
+        journal: Journal,
+        eod: int,
+        num_ids: int,
+    ) -> None:
+        self.source, self.folder, self.journal = source, folder, journal
+        self.fraction, self.eod = config.validation_fraction, eod
+        names = ["validation"] if isinstance(source, HubStreamSource) else ["train", "validation"]
+        self.writers = {
+            name: SplitWriter(
+                folder, name, num_ids, journal.splits.get(name, SplitProgress()), SHARD_TOKENS
             )
-    return splits
+            for name in names
+        }
+        self.documents, self.duplicates = journal.documents, journal.duplicates
+        has_ids = getattr(source, "id_field", None) is not None
+        self.seen = SeenIds(folder / "ids.sqlite", journal.documents) if has_ids else None
 
+    def write(self, workshop: Workshop) -> tuple[dict[str, Split], int]:
+        """The splits, and how many documents were left out as duplicates."""
+        total = None
+        if isinstance(self.source, TokensSource):
+            start = int((self.journal.source or {}).get("document", 0))
+            found = encoded_tokens(self.source, self.folder / TOKENIZER_NAME, self.eod, start)
+        else:
+            source = Documents(self.source, self.journal.source)
+            total = source.num_bytes
+            found = encoded(source, self.folder / TOKENIZER_NAME, workshop.processes)
+        saved = time.monotonic()
+        with closing(found):  # type: ignore[type-var]
+            for batch in found:
+                self._write(batch)
+                workshop.progress(sum(w.num_bytes for w in self.writers.values()), total)
+                if time.monotonic() - saved >= JOURNAL_SECONDS:
+                    self._save(batch.state)
+                    saved = time.monotonic()
+                if self._is_enough():
+                    break
+        if self.seen is not None:
+            self.seen.delete()
+        self._check_not_empty()
+        return {name: writer.close() for name, writer in self.writers.items()}, self.duplicates
 
-class _SplitWriter:
-    """Writes the documents of one split to shards of bounded size."""
+    def _write(self, batch: Encoded) -> None:
+        for item in batch.items:
+            if self.seen is not None and not self.seen.add(item.id, self.documents):
+                self.duplicates += 1
+                continue
+            name = "validation" if is_validation(item.id, self.fraction) else "train"
+            if name in self.writers:
+                self.writers[name].write(np.append(item.ids, self.eod), item.num_bytes)
+        self.documents += batch.read
 
-    def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
-        self.folder, self.name, self.vocab_size = folder, name, vocab_size
-        self.num_bytes = 0
-        self.shards: list[dict[str, object]] = []
-        self.writer = self._open()
+    def _save(self, state: dict[str, Any]) -> None:
+        """Note in the journal what is on disk."""
+        if self.seen is not None:
+            self.seen.commit()
+        progress = {name: writer.flush() for name, writer in self.writers.items()}
+        changes = {
+            "documents": self.documents,
+            "duplicates": self.duplicates,
+            "source": state,
+            "splits": progress,
+        }
+        write_journal(self.folder, self.journal.model_copy(update=changes))
+        for writer in self.writers.values():
+            tidy(self.folder, writer.shards)
 
-    def _open(self) -> ShardWriter:
-        return ShardWriter(self.folder / f"{self.name}-{len(self.shards):05}", self.vocab_size)
+    def _is_enough(self) -> bool:
+        """Of a corpus that is streamed, some held-out documents are taken."""
+        return (
+            "train" not in self.writers and self.writers["validation"].num_tokens >= STREAM_TOKENS
+        )
 
-    def write(self, ids: list[int], num_bytes: int) -> None:
-        if self.writer.num_tokens >= SHARD_TOKENS:
-            self.shards.append(self.writer.close())
-            self.writer = self._open()
-        self.writer.write(ids)
-        self.num_bytes += num_bytes
-
-    def close(self) -> Split:
-        self.shards.append(self.writer.close())
-        return Split.model_validate({"bytes": self.num_bytes, "shards": self.shards})
+    def _check_not_empty(self) -> None:
+        total = sum(writer.num_documents for writer in self.writers.values())
+        for name, writer in self.writers.items():
+            if writer.num_documents == 0:
+                raise DataError(
+                    f"data.source: {total} documents with text in '{self.source.kind}' leave none "
+                    f"for the {name} split",
+                    "give more text or change data.validation_fraction"
+                    if total
+                    else "the corpus is empty",
+                )

@@ -2,17 +2,23 @@
 
 `.bin` is the tokens, little endian, without header. `.idx` is: 9 bytes magic, u64 version 1, u8
 code of the token type, u64 documents, u64 documents + 1, i32 length of each document, i64 byte
-offset of each, i64 document boundaries.
+offset of each, i64 document boundaries. Beside them lies `.sums`, the SHA-256 of each MiB of the
+`.bin`: what is read is checked when it is first touched, without reading the rest.
 """
 
 import hashlib
+import os
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moebius.data.manifest import ShardEntry
+from moebius.data.storage import Storage
 from moebius.errors import DataError
+from moebius.files import file_sha256, sync
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -20,6 +26,10 @@ DTYPES: dict[int, np.dtype[np.unsignedinteger] | np.dtype[np.signedinteger]] = {
     8: np.dtype("<u2"),
     4: np.dtype("<i4"),
 }
+PIECE = 1 << 20
+"""bytes that are checked at once"""
+DIGEST = hashlib.sha256().digest_size
+REBUILD = "fetch the file again, or delete its folder to rebuild"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger] | np.dtype[np.signedinteger]:
@@ -28,61 +38,225 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger] | np.dtype[np.s
 
 
 class ShardWriter:
-    """Writes documents to `<prefix>.bin` as they come and `<prefix>.idx` at the end."""
+    """Writes documents to `<prefix>.bin` as they come, and the rest at the end.
 
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
+    Until then their lengths are in `<prefix>.lengths`; a writer that was killed can go on from the
+    last `flush`.
+    """
+
+    def __init__(self, prefix: Path, vocab_size: int, documents: int = 0, tokens: int = 0) -> None:
+        """`documents` and `tokens`: how many an earlier writer has flushed; the rest is cut off."""
         self.prefix = prefix
         self.dtype = token_dtype(vocab_size)
-        self.lengths: list[int] = []
-        self.num_tokens = 0
-        self.hash = hashlib.sha256()
-        self.bin = prefix.with_suffix(".bin").open("wb")
+        self.num_documents, self.num_tokens = documents, tokens
+        self.bin = prefix.with_suffix(".bin").open("r+b" if documents else "wb")
+        self.lengths = prefix.with_suffix(".lengths").open("r+b" if documents else "wb")
+        for file, size in ((self.bin, tokens * self.dtype.itemsize), (self.lengths, documents * 4)):
+            file.truncate(size)
+            file.seek(size)
 
-    def write(self, ids: list[int]) -> None:
+    def write(self, ids: NDArray[np.integer]) -> None:
         """Append one document."""
-        data = np.asarray(ids, dtype=self.dtype).tobytes()
-        self.bin.write(data)
-        self.hash.update(data)
-        self.lengths.append(len(ids))
+        self.bin.write(ids.astype(self.dtype, copy=False).tobytes())
+        self.lengths.write(struct.pack("<i", len(ids)))
+        self.num_documents += 1
         self.num_tokens += len(ids)
 
-    def close(self) -> dict[str, object]:
-        """Write the index; returns the shard's entry for the manifest."""
+    def flush(self) -> tuple[int, int]:
+        """Force what was written to disk; returns the numbers of documents and tokens there."""
+        for file in (self.bin, self.lengths):
+            file.flush()
+            os.fsync(file.fileno())
+        return self.num_documents, self.num_tokens
+
+    def close(self) -> ShardEntry:
+        """Write index and sums; returns the shard's entry for the manifest.
+
+        The lengths stay: a preparation that is killed now has to open the shard again.
+        """
         self.bin.close()
-        lengths = np.asarray(self.lengths, dtype="<i4")
+        self.lengths.close()
+        names = {kind: self.prefix.with_suffix(f".{kind}") for kind in ("bin", "idx", "sums")}
+        lengths = np.fromfile(self.prefix.with_suffix(".lengths"), dtype="<i4")
         offsets = np.zeros(len(lengths), dtype="<i8")
         offsets[1:] = np.cumsum(lengths[:-1], dtype=np.int64) * self.dtype.itemsize
         code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
-        with self.prefix.with_suffix(".idx").open("wb") as idx:
+        with names["idx"].open("wb") as idx:
             idx.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
             idx.write(lengths.tobytes() + offsets.tobytes())
             idx.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-        return {
-            "name": self.prefix.name,
-            "documents": len(lengths),
-            "tokens": self.num_tokens,
-            "sha256": self.hash.hexdigest(),
-        }
-
-
-def open_shard(prefix: Path, num_tokens: int) -> NDArray[np.generic]:
-    """Map a shard's tokens. Raises DataError where it is missing or not `num_tokens` long."""
-    bin_path, idx_path = prefix.with_suffix(".bin"), prefix.with_suffix(".idx")
-    for path in (bin_path, idx_path):
-        if not path.is_file():
-            raise DataError(f"data: shard file '{path}' is missing", "delete its folder to rebuild")
-    header = idx_path.read_bytes()[: HEADER.size]
-    if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
-        raise DataError(f"data: '{idx_path}' is no token index", "delete its folder to rebuild")
-    code = HEADER.unpack(header)[2]
-    if code not in DTYPES:
-        raise DataError(f"data: '{idx_path}' holds token type {code}, allowed: {list(DTYPES)}")
-    dtype = DTYPES[code]
-    size, expected = bin_path.stat().st_size, num_tokens * dtype.itemsize
-    if size != expected:
-        raise DataError(
-            f"data: shard '{bin_path}' has {size} bytes, its manifest says {expected}: "
-            "truncated or overwritten",
-            "delete its folder to rebuild",
+        sha256, sums = content_hashes(names["bin"])
+        names["sums"].write_bytes(sums)
+        for path in names.values():
+            sync(path)
+        return ShardEntry(
+            name=self.prefix.name,
+            documents=len(lengths),
+            tokens=self.num_tokens,
+            sha256=sha256,
+            index_sha256=file_sha256(names["idx"]),
+            sums_sha256=hashlib.sha256(sums).hexdigest(),
         )
-    return np.memmap(bin_path, dtype=dtype, mode="r")
+
+
+def content_hashes(path: Path) -> tuple[str, bytes]:
+    """SHA-256 of a file, and those of its pieces one after the other."""
+    whole, sums = hashlib.sha256(), b""
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            whole.update(piece)
+            sums += hashlib.sha256(piece).digest()
+    return whole.hexdigest(), sums
+
+
+class Fault(NamedTuple):
+    """What is wrong with a shard."""
+
+    file: str
+    reason: str
+
+
+class Shard:
+    """The tokens of a shard, checked when they are first touched. Files are opened at need.
+
+    Threads may share it.
+    """
+
+    def __init__(self, storage: Storage, entry: ShardEntry, vocab_size: int) -> None:
+        self.storage = storage
+        self.entry = entry
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self._tokens: NDArray[np.generic] | None = None
+        self._sums = b""
+        self._checked: NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
+
+    def __len__(self) -> int:
+        return self.entry.tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the `.bin` file."""
+        return len(self) * self.dtype.itemsize
+
+    def tokens(self, start: int, end: int) -> NDArray[np.int64]:
+        """Tokens `start:end`. Raises DataError where they are not those that were prepared."""
+        mapped = self._opened()
+        size = self.dtype.itemsize
+        pieces = slice(start * size // PIECE, (end * size - 1) // PIECE + 1)
+        if not self._checked[pieces].all():
+            self._check(mapped, pieces)
+        found = mapped[start:end].astype(np.int64)
+        if found.size and (found.max() >= self.vocab_size or found.min() < 0):
+            bad = int(np.argmax((found >= self.vocab_size) | (found < 0)))
+            raise DataError(
+                f"data: '{self._path('bin')}' holds token id {found[bad]} at position "
+                f"{start + bad}, allowed: 0 to {self.vocab_size - 1}",
+                "the corpus was made for another tokenizer, delete its folder to rebuild",
+            )
+        return found
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document, `[documents]`, its end-of-document token included."""
+        path = self.storage.fetch(f"{self.entry.name}.idx")
+        if not path.is_file() or file_sha256(path) != self.entry.index_sha256:
+            raise self._error(Fault(f"{self.entry.name}.idx", "is missing or damaged"))
+        return np.fromfile(path, dtype="<i4", count=self.entry.documents, offset=HEADER.size)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its file is mapped."""
+        return self._tokens is not None
+
+    def close_if_gone(self) -> None:
+        """Let go of a file that is no longer there; it is fetched again at need."""
+        if self._tokens is not None and not self._path("bin").exists():
+            self._tokens = None
+
+    def check_present(self) -> None:
+        """Raise DataError where a local file is missing or has another length than it should."""
+        fault = self._missing()
+        if fault is not None:
+            raise self._error(fault)
+
+    def fault(self) -> Fault | None:
+        """What is wrong with the files, read from beginning to end; None: nothing. Raises DataError
+        where they cannot be fetched."""
+        name = self.entry.name
+        paths = {kind: self.storage.fetch(f"{name}.{kind}") for kind in ("bin", "idx", "sums")}
+        missing = self._missing()
+        if missing is not None:
+            return missing
+        wanted = (self.entry.sha256, self.entry.index_sha256, self.entry.sums_sha256)
+        for (kind, path), sha256 in zip(paths.items(), wanted, strict=True):
+            if file_sha256(path) != sha256:
+                return Fault(f"{name}.{kind}", "is not the file that was prepared (SHA-256)")
+        return None
+
+    def _missing(self) -> Fault | None:
+        index_size = HEADER.size + 20 * self.entry.documents + 8
+        num_pieces = -(-self.num_bytes // PIECE)
+        sizes = {"bin": self.num_bytes, "idx": index_size, "sums": DIGEST * num_pieces}
+        for kind, expected in sizes.items():
+            path = self._path(kind)
+            if not path.is_file():
+                return Fault(f"{self.entry.name}.{kind}", "is missing")
+            size = path.stat().st_size
+            if size != expected:
+                return Fault(
+                    f"{self.entry.name}.{kind}",
+                    f"has {size} bytes, its manifest says {expected}: truncated or overwritten",
+                )
+        return None
+
+    def _opened(self) -> NDArray[np.generic]:
+        mapped = self._tokens
+        if mapped is None:
+            path = self.storage.fetch(f"{self.entry.name}.bin")
+            sums_path = self.storage.fetch(f"{self.entry.name}.sums")
+            fault = self._missing_of(path)
+            if fault is not None:
+                raise self._error(fault)
+            sums = sums_path.read_bytes() if sums_path.is_file() else b""
+            if hashlib.sha256(sums).hexdigest() != self.entry.sums_sha256:
+                raise self._error(Fault(f"{self.entry.name}.sums", "is missing or damaged"))
+            mapped = np.memmap(path, dtype=self.dtype, mode="r")
+            if (
+                len(self._checked) == 0 or self.storage.is_remote
+            ):  # which may have been fetched anew
+                self._checked = np.zeros(len(sums) // DIGEST, dtype=np.bool_)
+            self._sums, self._tokens = sums, mapped
+        return mapped
+
+    def _missing_of(self, path: Path) -> Fault | None:
+        if not path.is_file():
+            return Fault(path.name, "is missing")
+        size = path.stat().st_size
+        if size == self.num_bytes:
+            return None
+        expected = f"its manifest says {self.num_bytes}"
+        return Fault(path.name, f"has {size} bytes, {expected}: truncated or overwritten")
+
+    def _check(self, mapped: NDArray[np.generic], pieces: slice) -> None:
+        content = mapped.view(np.uint8)
+        for piece in range(pieces.start, pieces.stop):
+            if self._checked[piece]:
+                continue
+            part = content[piece * PIECE : (piece + 1) * PIECE]
+            found = hashlib.sha256(part.data).digest()
+            if found != self._sums[piece * DIGEST : (piece + 1) * DIGEST]:
+                where = f"bytes {piece * PIECE} to {min((piece + 1) * PIECE, self.num_bytes) - 1}"
+                raise self._error(
+                    Fault(f"{self.entry.name}.bin", f"is damaged: {where} are not those prepared")
+                )
+            self._checked[piece] = True
+
+    def _path(self, kind: str) -> Path:
+        return self.storage.folder / f"{self.entry.name}.{kind}"
+
+    def _error(self, fault: Fault) -> DataError:
+        path = self.storage.folder / fault.file
+        return DataError(
+            f"data: shard file '{path}' {fault.reason}",
+            f"{REBUILD}, or set data.bad_shards=quarantine",
+        )

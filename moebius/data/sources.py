@@ -4,14 +4,23 @@ import glob
 import logging
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moebius.data.config import FilesSource, HubSource, StdlibSource
+from moebius.data.config import FilesSource, HubSource, HubStreamSource, StdlibSource
 from moebius.errors import DataError
 
-FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FILE_KINDS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+TextSource = StdlibSource | FilesSource | HubSource | HubStreamSource
 
 
 class Document(NamedTuple):
@@ -21,30 +30,85 @@ class Document(NamedTuple):
     text: str
 
 
-def documents(source: StdlibSource | FilesSource | HubSource) -> Iterator[Document]:
-    """All documents of a source, in a fixed order. Raises DataError for anything unreadable."""
-    if isinstance(source, StdlibSource):
-        return _stdlib(Path(sysconfig.get_paths()["stdlib"]))
-    if isinstance(source, FilesSource):
-        return _files(source)
-    return _hub(source)
+class Rows(NamedTuple):
+    """A part of a source: a file, or a data set."""
+
+    name: str
+    """begins the ids of its documents"""
+    where: str
+    """names it in errors"""
+    open: Callable[[], Any]
+    """gives an iterable of rows; a data set that can go on from a state where it has one"""
+    num_bytes: int | None
+    """of its text, about; None: unknown"""
 
 
-def _stdlib(root: Path) -> Iterator[Document]:
-    """Every UTF-8 module below the standard library; installed packages are not part of it."""
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if "site-packages" in name.parts or "dist-packages" in name.parts:
-            continue
+class Documents:
+    """All documents of a source, in a fixed order, from its beginning or from a saved state on.
+
+    Raises DataError for anything unreadable.
+    """
+
+    def __init__(self, source: TextSource, state: dict[str, Any] | None = None) -> None:
+        self.source = source
+        self.parts = _parts(source)
+        start = state or {}
+        self._part, self._row = int(start.get("part", 0)), int(start.get("row", 0))
+        self._rows_state: dict[str, Any] | None = start.get("rows")
+        self._rows: Any = None
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes of text, about; None: unknown."""
+        sizes = [part.num_bytes for part in self.parts]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+
+    def state(self) -> dict[str, Any]:
+        """Where to go on after the last document that was given out; JSON values."""
+        rows = self._rows.state_dict() if hasattr(self._rows, "state_dict") else None
+        return {"part": self._part, "row": self._row, "rows": rows}
+
+    def __iter__(self) -> Iterator[Document]:
+        limit = self.source.max_documents if isinstance(self.source, HubSource) else None
+        for part in self.parts[self._part :]:
+            yield from self._documents(part, limit)
+            self._rows, self._rows_state = None, None
+            self._part, self._row = self._part + 1, 0
+
+    def _documents(self, part: Rows, limit: int | None) -> Iterator[Document]:
         try:
-            yield Document(name.as_posix(), path.read_bytes().decode("utf-8"))
-        except UnicodeDecodeError:
-            continue  # test inputs of the interpreter in other encodings
+            self._rows = part.open()
+            skipped = 0
+            if self._rows_state is not None:
+                self._rows.load_state_dict(self._rows_state)
+                skipped = self._row
+            for number, row in enumerate(self._rows, skipped):
+                if number == limit:
+                    return
+                if number < self._row:
+                    continue
+                document = _document(row, self.source, part, number)
+                self._row = number + 1
+                yield document
+        except DataError:
+            raise
+        except Exception as error:  # the readers' own errors name neither file nor remedy
+            raise _unreadable(self.source, part, error) from error
 
 
-def _files(source: FilesSource) -> Iterator[Document]:
+def documents(source: TextSource) -> Documents:
+    """All documents of a source, in a fixed order. Raises DataError for anything unreadable."""
+    return Documents(source)
+
+
+def matching(patterns: tuple[str, ...]) -> list[tuple[Path, str]]:
+    """The files that some patterns match, with the place of each below their common folder.
+
+    That makes an identity: files of one name in two folders differ, and the same files elsewhere
+    do not. Raises DataError where a pattern matches nothing.
+    """
     paths: list[Path] = []
-    for pattern in source.paths:
+    for pattern in patterns:
         matches = sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise DataError(
@@ -52,64 +116,117 @@ def _files(source: FilesSource) -> Iterator[Document]:
                 "paths are relative to the working directory",
             )
         paths.extend(Path(match) for match in matches)
-    # Identity by the place below the common folder: files of one name in two folders differ, and
-    # the same files elsewhere do not.
     root = os.path.commonpath([path.parent.absolute() for path in paths])
-    for path in dict.fromkeys(paths):  # two patterns may match one file
-        yield from _file(path, os.path.relpath(path, root), source.text_field)
+    # Two patterns may match one file.
+    return [(path, os.path.relpath(path, root)) for path in dict.fromkeys(paths)]
 
 
-def _file(path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _parts(source: TextSource) -> list[Rows]:
+    if isinstance(source, StdlibSource):
+        return list(_stdlib(Path(sysconfig.get_paths()["stdlib"])))
+    if isinstance(source, FilesSource):
+        return [_file(path, name) for path, name in matching(source.paths)]
+    return [Rows(source.name, f"'{source.name}'", partial(_hub, source), None)]
+
+
+def _stdlib(root: Path) -> Iterator[Rows]:
+    """Every module below the standard library; installed packages are not part of it."""
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if "site-packages" not in name.parts and "dist-packages" not in name.parts:
+            yield Rows(name.as_posix(), f"'{path}'", partial(_module, path), path.stat().st_size)
+
+
+def _module(path: Path) -> list[dict[str, str]]:
+    try:
+        return [{"text": path.read_bytes().decode("utf-8")}]
+    except UnicodeDecodeError:
+        return []  # test inputs of the interpreter in other encodings
+
+
+def _file(path: Path, name: str) -> Rows:
+    bare = path.with_suffix("") if path.suffix in COMPRESSED else path
+    kind = FILE_KINDS.get(bare.suffix)
+    if kind is None or (bare != path and kind in ("parquet", "arrow")):
+        raise DataError(
+            f"data.source.paths: '{path}' is none of {', '.join(FILE_KINDS)}",
+            f"all but .parquet and .arrow may be compressed ({', '.join(COMPRESSED)})",
+        )
+    size = path.stat().st_size if path.is_file() and bare == path else None
+    if size == 0 and kind != "parquet":
+        return Rows(name, f"'{path}'", list, 0)
+    if kind == "parquet":
+        size = _parquet_bytes(path)
+    return Rows(name, f"'{path}'", partial(_load_file, kind, path), size)
+
+
+def _parquet_bytes(path: Path) -> int | None:
+    """Bytes of all columns, uncompressed; None for what is no parquet, which is said later."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        found = parquet.ParquetFile(path).metadata
+        sizes = [found.row_group(i).total_byte_size for i in range(found.num_row_groups)]
+        return int(sum(sizes))
+    except (ArrowException, OSError, ValueError):
+        return None
+
+
+def _load_file(kind: str, path: Path) -> Any:
     import datasets
 
-    kind = FILE_KINDS.get(path.suffix)
-    if kind is None:
-        raise DataError(f"data.source.paths: '{path}' is none of {', '.join(FILE_KINDS)}")
-    if kind != "parquet" and path.is_file() and path.stat().st_size == 0:
-        return
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it would log what is raised below
     # Else every file, a local one too, is counted by a request to the hub.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
-    try:
-        rows = datasets.load_dataset(
-            kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options
-        )
-        for number, row in enumerate(rows):
-            column = "text" if kind == "text" else text_field
-            yield Document(f"{name}:{number}", _text(row, column, f"'{path}' row {number}"))
-    except DataError:
-        raise
-    except Exception as error:  # the readers' own errors name neither file nor remedy
-        raise DataError(f"data.source.paths: cannot read '{path}': {_first_line(error)}") from error
+    return datasets.load_dataset(
+        kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options
+    )
 
 
-def _hub(source: HubSource) -> Iterator[Document]:
+def _hub(source: HubSource | HubStreamSource) -> Any:
     import datasets
 
-    try:
-        rows = datasets.load_dataset(source.name, source.subset, split=source.split, streaming=True)
-        for number, row in enumerate(rows):
-            if number == source.max_documents:
-                return
-            where = f"'{source.name}' row {number}"
-            yield Document(f"{source.name}:{number}", _text(row, source.text_field, where))
-    except DataError:
-        raise
-    except Exception as error:  # network, credentials, a data set that does not exist
-        raise DataError(
-            f"data.source.name: cannot stream '{source.name}': {_first_line(error)}",
-            "local files work without a network: data.source.kind=files",
-        ) from error
+    streaming = isinstance(source, HubStreamSource) or source.streaming
+    found = datasets.load_dataset(
+        source.name, source.subset, split=source.split, streaming=streaming
+    )
+    return found if streaming else found.to_iterable_dataset()
 
 
-def _text(row: dict[str, Any], field: str, where: str) -> str:
+def _document(row: dict[str, Any], source: TextSource, part: Rows, number: int) -> Document:
+    if isinstance(source, StdlibSource):
+        return Document(part.name, row["text"])
+    where = f"{part.where} row {number}"
+    is_text = isinstance(source, FilesSource) and ".txt" in Path(part.name).suffixes
+    text = _text(row, "text" if is_text else source.text_field, "text_field", where)
+    id_field = None if isinstance(source, HubStreamSource) or is_text else source.id_field
+    if id_field is None:
+        return Document(f"{part.name}:{number}", text)
+    return Document(str(_value(row, id_field, "id_field", where)), text)
+
+
+def _text(row: dict[str, Any], field: str, option: str, where: str) -> str:
+    value = _value(row, field, option, where)
+    if not isinstance(value, str):
+        raise DataError(f"data.source.{option}: '{field}' of {where} is not text")
+    return value
+
+
+def _value(row: dict[str, Any], field: str, option: str, where: str) -> str | int:
     if field not in row:
-        raise DataError(f"data.source.text_field: {where} has no '{field}', only {list(row)}")
-    if not isinstance(row[field], str):
-        raise DataError(f"data.source.text_field: '{field}' of {where} is not text")
-    return str(row[field])
+        raise DataError(f"data.source.{option}: {where} has no '{field}', only {list(row)}")
+    value = row[field]
+    if not isinstance(value, str | int):
+        raise DataError(f"data.source.{option}: '{field}' of {where} is not text")
+    return value
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _unreadable(source: TextSource, part: Rows, error: Exception) -> DataError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(source, HubSource | HubStreamSource):
+        return DataError(
+            f"data.source.name: cannot stream {part.where}: {reason}",
+            "local files work without a network: data.source.kind=files",
+        )
+    return DataError(f"data.source.paths: cannot read {part.where}: {reason}")

@@ -1,80 +1,66 @@
-"""Samples in a fixed order: which one comes when depends on (seed, position) alone."""
+"""Batches in a fixed order: which sample comes when depends on (seed, position) alone."""
 
-import bisect
-import hashlib
-import itertools
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
+from typing import Any, NamedTuple
 
 from moebius.data.batch import Batch, make_batch
-from moebius.data.manifest import Manifest
-from moebius.data.shards import open_shard
-from moebius.errors import DataError
+from moebius.data.corpus import SplitReader, Windows
+from moebius.data.mixture import Turns
+from moebius.data.objective import Transform
+from moebius.data.order import GlobalShuffle, Shuffle, sample_at
+
+Ranges = Sequence[tuple[int, int]]
 
 
-class SplitReader:
-    """One split of a prepared corpus as consecutive windows of `sequence_length + 1` tokens.
+class Place(NamedTuple):
+    """Where a sample of the run comes from."""
 
-    Neighbouring windows share one token: the last label of one is the first input of the next.
+    corpus: int
+    epoch: int
+    """of the corpus"""
+    number: int
+    """of the sample in its corpus"""
+
+
+class Stream(ABC):
+    """Endless training batches, made ready by threads.
+
+    `position` counts samples given out. A stream at the same position goes on with the same
+    samples, whatever the batch size, the processes or the threads before.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, name: str, sequence_length: int) -> None:
-        split = manifest.splits[name]
-        self.eod_id = manifest.tokenizer.eod_id
-        self.vocab_size = manifest.tokenizer.vocab_size
-        self.sequence_length = sequence_length
-        self.names = [str(folder / shard.name) for shard in split.shards]
-        self.shards = [open_shard(folder / shard.name, shard.tokens) for shard in split.shards]
-        self.starts = [0, *itertools.accumulate(len(shard) for shard in self.shards)]
-        self.num_windows = (split.tokens - 1) // sequence_length
-        if self.num_windows < 1:
-            raise DataError(
-                f"data.sequence_length: {sequence_length}, but the {name} split in '{folder}' has "
-                f"only {split.tokens} tokens",
-                "use shorter sequences or more text",
-            )
-
-    def window(self, number: int) -> NDArray[np.int64]:
-        """Window `number`. Raises DataError for an id outside the tokenizer's vocabulary."""
-        start = number * self.sequence_length
-        tokens = self._tokens(start, start + self.sequence_length + 1)
-        if tokens.max() >= self.vocab_size or tokens.min() < 0:
-            bad = int(np.argmax((tokens >= self.vocab_size) | (tokens < 0)))
-            shard = bisect.bisect_right(self.starts, start + bad) - 1
-            raise DataError(
-                f"data: '{self.names[shard]}.bin' holds token id {tokens[bad]} at position "
-                f"{start + bad - self.starts[shard]}, allowed: 0 to {self.vocab_size - 1}",
-                "the shard is damaged, delete its folder to rebuild",
-            )
-        return tokens
-
-    def _tokens(self, start: int, end: int) -> NDArray[np.int64]:
-        """Tokens `start:end` of the split; they may span shards."""
-        parts = []
-        shard = bisect.bisect_right(self.starts, start) - 1
-        while start < end:
-            stop = min(end, self.starts[shard + 1])
-            offset = self.starts[shard]
-            parts.append(np.asarray(self.shards[shard][start - offset : stop - offset]))
-            start, shard = stop, shard + 1
-        return np.concatenate(parts).astype(np.int64)
-
-
-class TrainStream:
-    """Endless training batches; every epoch is a permutation of all windows.
-
-    `position` counts samples given out. It is the whole state: a stream at the same position goes
-    on with the same samples, whatever the batch size before.
-    """
-
-    def __init__(self, reader: SplitReader, batch_size: int, seed: int, position: int = 0) -> None:
-        self.reader = reader
+    def __init__(
+        self, length: int, eod_id: int, batch_size: int, prefetch: int = 2, workers: int = 1
+    ) -> None:
+        """`length` in tokens; `prefetch` in batches, 0: made when they are taken."""
+        self.length = length
+        self.eod_id = eod_id
         self.batch_size = batch_size
-        self.seed = seed
-        self.position = position
+        self.position = 0
+        self.mask_documents = True
+        self.transform: Transform | None = None
+        self.waited = 0.0
+        """seconds that batches had to be waited for"""
+        self._prefetch, self._workers = prefetch, workers
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: deque[tuple[tuple[int, Ranges], Future[list[Batch]]]] = deque()
+
+    @abstractmethod
+    def sample(self, position: int) -> Windows:
+        """The sample of a position; threads may ask at once."""
+
+    @property
+    @abstractmethod
+    def num_samples(self) -> list[int] | None:
+        """Samples in an epoch of each corpus; None: there is no end."""
+
+    @abstractmethod
+    def place(self, position: int) -> Place:
+        """Where the sample of a position comes from."""
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -83,46 +69,111 @@ class TrainStream:
         (batch,) = self.take([(0, self.batch_size)])
         return batch
 
-    def take(self, ranges: Sequence[tuple[int, int]]) -> list[Batch]:
+    def take(self, ranges: Ranges) -> list[Batch]:
         """Some rows (start, end) of the next batch, each range a batch of its own; others are not
         read. A range may be empty."""
-        batches = []
-        for start, end in ranges:
-            samples = range(self.position + start, self.position + end)
-            windows = np.empty((len(samples), self.reader.sequence_length + 1), dtype=np.int64)
-            for row, sample in enumerate(samples):
-                windows[row] = self.reader.window(self._window_of(sample))
-            batches.append(make_batch(windows, self.reader.eod_id, samples.start))
+        began = perf_counter()
+        if self._prefetch:
+            batches = self._prepared(tuple(ranges))
+        else:
+            batches = self._batches(self.position, ranges)
+        self.waited += perf_counter() - began
         self.position += self.batch_size
         return batches
 
-    def _window_of(self, sample: int) -> int:
-        epoch, number = divmod(sample, self.reader.num_windows)
-        return permuted(number, self.reader.num_windows, f"{self.seed}/{epoch}")
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the position; JSON values."""
+        return {}
+
+    def load(self, position: int, state: dict[str, Any]) -> None:
+        """Go on from a saved position."""
+        self.position = position
+
+    def close(self) -> None:
+        """End the threads."""
+        for _, future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+            self._pool = None
+
+    def _prepared(self, ranges: Ranges) -> list[Batch]:
+        """The batch at the position, while those that are likely to follow are being made."""
+        if self._ahead and self._ahead[0][0] != (self.position, ranges):
+            self.close()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="data")
+        while len(self._ahead) <= self._prefetch:
+            position = self.position + len(self._ahead) * self.batch_size
+            future = self._pool.submit(self._batches, position, ranges)
+            self._ahead.append(((position, ranges), future))
+        _, first = self._ahead.popleft()
+        return first.result()
+
+    def _batches(self, position: int, ranges: Ranges) -> list[Batch]:
+        return [self._batch(position + start, position + end) for start, end in ranges]
+
+    def _batch(self, start: int, end: int) -> Batch:
+        samples = [self._transformed(position) for position in range(start, end)]
+        return make_batch(samples, self.length, self.eod_id, start, self.mask_documents)
+
+    def _transformed(self, position: int) -> Windows:
+        windows = self.sample(position)
+        if self.transform is None:
+            return windows
+        # A sample has at most `length` windows: each has a number of its own.
+        first = position * self.length
+        return [self.transform(window, first + n) for n, window in enumerate(windows)]
+
+
+class TrainStream(Stream):
+    """Batches from prepared corpora; every epoch of a corpus has all of its samples once."""
+
+    def __init__(
+        self,
+        readers: Sequence[SplitReader],
+        batch_size: int,
+        seed: int,
+        shuffle: Shuffle | None = None,
+        turns: Turns | None = None,
+        prefetch: int = 2,
+        workers: int = 1,
+    ) -> None:
+        """`turns` says whose turn it is where there are several readers; the default order of an
+        epoch is a global shuffle."""
+        super().__init__(
+            readers[0].sequence_length, readers[0].eod_id, batch_size, prefetch, workers
+        )
+        self.readers = readers
+        self.seed = seed
+        self.shuffle = shuffle or GlobalShuffle()
+        self.turns = turns
+
+    @property
+    def num_samples(self) -> list[int]:
+        """Samples in an epoch of each corpus."""
+        return [reader.num_samples for reader in self.readers]
+
+    def place(self, position: int) -> Place:
+        """Where the sample of a position comes from; another may stand in for it, see
+        `SplitReader.substitute`."""
+        corpus, before = (0, position) if self.turns is None else self.turns.turn(position)
+        reader = self.readers[corpus]
+        epoch, number = divmod(before, reader.num_samples)
+        key = f"{self.seed}/{epoch}" if corpus == 0 else f"{self.seed}/{epoch}/{corpus}"
+        return Place(corpus, epoch, sample_at(number, reader.num_samples, self.shuffle, key))
+
+    def sample(self, position: int) -> Windows:
+        """The sample of a position."""
+        place = self.place(position)
+        return self.readers[place.corpus].sample(place.number)
 
 
 def validation_batches(reader: SplitReader, batch_size: int, num_batches: int) -> Iterator[Batch]:
-    """The first windows of a split in order, at most `num_batches` batches."""
-    end = min(reader.num_windows, batch_size * num_batches)
+    """The first samples of a split in order, at most `num_batches` batches."""
+    end = min(reader.num_samples, batch_size * num_batches)
     for start in range(0, end, batch_size):
         numbers = range(start, min(start + batch_size, end))
-        windows = np.stack([reader.window(number) for number in numbers])
-        yield make_batch(windows, reader.eod_id, start)
-
-
-def permuted(number: int, size: int, key: str) -> int:
-    """Image of `number` under a pseudo-random permutation of `range(size)`.
-
-    A Feistel network on the smallest even number of bits that holds `size`, walked until it lands
-    inside (Black & Rogaway 2002): no table in memory, however many samples there are.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = number >> half, number & mask
-        for turn in range(4):
-            digest = hashlib.blake2b(f"{key}/{turn}/{right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "big") & mask)
-        number = (left << half) | right
-        if number < size:
-            return number
+        samples = [reader.sample(number) for number in numbers]
+        yield make_batch(samples, reader.sequence_length, reader.eod_id, start)

@@ -1,6 +1,6 @@
 """A byte-level BPE: trained on the corpus or loaded from a tokenizer.json."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +11,16 @@ from moebius.data.config import TokenizerConfig
 from moebius.errors import DataError
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, eod_token: str) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, eod_token: str, special_tokens: Sequence[str] = ()
+) -> Tokenizer:
     """A lossless byte-level BPE. Raises DataError where the vocabulary cannot hold the alphabet."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[eod_token],
+        special_tokens=[eod_token, *special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -26,7 +28,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, eod_token: str) -> To
     if tokenizer.get_vocab_size() > vocab_size:
         raise DataError(
             f"data.tokenizer.vocab_size: {vocab_size} cannot hold the byte alphabet and "
-            f"'{eod_token}', at least {tokenizer.get_vocab_size()} are needed"
+            f"{[eod_token, *special_tokens]}, at least {tokenizer.get_vocab_size()} are needed"
         )
     return tokenizer
 

@@ -91,6 +91,17 @@ def main_first(action: Callable[[], T], store: Store | None) -> T:
     return result
 
 
+def from_main(key: str, value: Callable[[], Any], store: Store | None) -> Any:
+    """What the main process finds, a JSON value, on all processes. Each key is used once."""
+    if store is None:
+        return value()
+    if is_main():
+        store.set(key, json.dumps(value()))
+    else:
+        store.wait([key], PREPARATION)
+    return json.loads(store.get(key))
+
+
 def check_alike(kind: str, facts: Mapping[str, Any], store: Store | None) -> None:
     """Raise LayoutError, naming the fact, on a process where one differs from the main process's.
 

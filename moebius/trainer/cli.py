@@ -11,7 +11,18 @@ from rich.console import Console
 
 from moebius.errors import ConfigError, LayoutError, MoebiusError
 from moebius.parallel.world import check_alone, is_first_here, is_main
-from moebius.trainer.commands import convert, describe, evaluate, generate, schema, sweep, train
+from moebius.trainer.commands import (
+    audit,
+    convert,
+    describe,
+    evaluate,
+    generate,
+    inspect,
+    prepare,
+    schema,
+    sweep,
+    train,
+)
 
 
 class Command(Protocol):
@@ -28,6 +39,9 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "train": train,
+    "prepare": prepare,
+    "inspect": inspect,
+    "audit": audit,
     "describe": describe,
     "evaluate": evaluate,
     "sweep": sweep,

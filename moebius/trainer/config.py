@@ -17,6 +17,8 @@ from moebius.trainer.optim import OptimConfig
 from moebius.trainer.schedules import WSDSchedule
 
 Device = Literal["auto", "cpu", "cuda"]
+PLACES = {"dir", "source", "corpora", "tokenizer", "cache", "bad_shards", "prefetch", "workers"}
+"""options of the data that say where it lies and how it is read, not what it is"""
 
 
 class TrainConfig(ConfigNode):
@@ -79,6 +81,8 @@ class LogConfig(ConfigNode):
     record_routing: NonNegativeInt = 0
     """write the experts of every token of so many first steps to `<run_dir>/routing`, for the
     selector `replay`"""
+    audit: bool = False
+    """write which samples each process reads to `<run_dir>/audit`, for `moebius audit`"""
 
 
 class RunConfig(ConfigNode):
@@ -113,7 +117,8 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "checkpoint": True,
         "log": True,
         "train": train,
-        "data": {"dir", "source", "tokenizer", "validation_fraction"},
+        # What comes of a mixture's phases before a checkpoint is compared when it is loaded.
+        "data": {*PLACES, "validation_fraction", "mixture"},
     }
     if not depends_on_micro_batch(config.model):  # which data parallelism cuts, too
         excluded["parallel"] = True
@@ -128,7 +133,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 def settings(config: RunConfig) -> dict[str, Any]:
     """Dotted path -> value of every setting that all processes of a run have alike. Where data lies
     may differ from node to node."""
-    placed = {"data": {"dir", "source", "tokenizer"}}
+    placed = {"data": PLACES - {"bad_shards"}}
     return dict(_leaves(config.model_dump(mode="json", exclude=placed), ()))
 
 

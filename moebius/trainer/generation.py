@@ -53,7 +53,7 @@ def generate_texts(
     Raises ConfigError for a model whose depth routers never learned to select causally.
     """
     check_causal(model.config.model)
-    eod_id = model.manifest.tokenizer.eod_id
+    eod_id = model.corpora.tokenizer.eod_id
     # A document begins with the end of the one before.
     ids = [
         [eod_id, *model.tokenizer.encode(prompt, add_special_tokens=False).ids]

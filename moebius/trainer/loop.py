@@ -34,7 +34,8 @@ def train_step(run: Run) -> StepReport:
     size = config.train.batch_size
     sample_ids = range(run.stream.position, run.stream.position + size)
     ranges = run.layout.row_ranges(size, config.train.micro_batch_size or size)
-    micro_batches = [batch.to(run.device) for batch in run.stream.take(ranges)]
+    taken = run.stream.take(ranges)
+    micro_batches = [batch.to(run.device) for batch in taken]
     num_labels = size * config.data.sequence_length
     result = run.layout.accumulate_gradients(
         micro_batches, num_labels, run.step_context, run.teacher
@@ -43,4 +44,5 @@ def train_step(run: Run) -> StepReport:
     set_lr(run.layout.engine.optimizer, lr)
     grad_norm = run.layout.engine.step(config.optim.clip_norm)
     run.decoder.update_routers(result.ledger, run.step)
-    return StepReport(result.losses, grad_norm, lr, result.ledger, sample_ids)
+    read = [sample for batch in taken for sample in batch.sample_ids_B.tolist()]
+    return StepReport(result.losses, grad_norm, lr, result.ledger, sample_ids, read)

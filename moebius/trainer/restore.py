@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from moebius.data.manifest import Manifest, read_manifest
+from moebius.data.corpus import Corpora, open_corpora
 from moebius.data.tokenizer import load_tokenizer, token_bytes
 from moebius.errors import CheckpointError, DataError
 from moebius.model.decoder import Decoder
@@ -28,11 +28,13 @@ class TrainedModel:
 
     config: RunConfig
     executor: LocalExecutor
-    manifest: Manifest
+    corpora: Corpora
     tokenizer: Tokenizer
     token_bytes_V: Tensor
     device: torch.device
     step: int
+    position: int
+    """samples it was trained on"""
     weights: str
     """hash of the file that the weights were read from"""
 
@@ -44,19 +46,28 @@ def restore(folder: Path, step: int | None, device_name: Device) -> TrainedModel
     corpus (which holds the tokenizer) is gone or has changed.
     """
     config, record, tensors = read_run(folder, step)
-    data = Path(config.data.dir)
-    manifest = read_manifest(data)
-    if manifest.fingerprint != record.corpus:
-        raise DataError(f"data.dir: '{data}' is not the corpus that '{folder}' was trained on")
+    corpora = open_corpora(config.data)
+    if corpora.fingerprint != record.corpus:
+        raise DataError(
+            f"data.dir: '{config.data.dir}' is not the corpus that '{folder}' was trained on"
+        )
     decoder = Decoder(config.model)
     load_model(decoder, tensors["model"])
     device = select_device(device_name)
     executor = LocalExecutor(decoder.to(device), AUTOCAST[config.train.precision])
-    tokenizer = load_tokenizer(data / "tokenizer.json")
+    tokenizer = load_tokenizer(corpora.tokenizer_file)
     lengths_V = torch.from_numpy(token_bytes(tokenizer))
     weights = record.files["model.safetensors"].sha256
     return TrainedModel(
-        config, executor, manifest, tokenizer, lengths_V, device, record.step, weights
+        config,
+        executor,
+        corpora,
+        tokenizer,
+        lengths_V,
+        device,
+        record.step,
+        record.position,
+        weights,
     )
 
 

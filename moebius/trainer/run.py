@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 
-from moebius.data.manifest import Manifest
-from moebius.data.stream import SplitReader, TrainStream
+from moebius.data.build import Quarantined, build_stream, mixture_turns, validation_readers
+from moebius.data.corpus import Corpora
 from moebius.data.tokenizer import load_tokenizer, token_bytes
 from moebius.errors import CheckpointError, DataError, MoebiusError
-from moebius.files import write_whole
+from moebius.files import exclusive, write_whole
 from moebius.model.config import ModelConfig
 from moebius.model.context import StepContext
 from moebius.model.decoder import Decoder
@@ -47,9 +46,13 @@ class Run:
     """
 
     def __init__(
-        self, config: RunConfig, manifest: Manifest, callbacks: Sequence[Callback]
+        self,
+        config: RunConfig,
+        corpora: Corpora,
+        callbacks: Sequence[Callback],
+        quarantined: Quarantined | None = None,
     ) -> None:
-        check_vocabulary(config, manifest)
+        check_vocabulary(config, corpora)
         self.config = config
         self.folder = Path(config.run_dir)
         self.device = select_device(config.train.device)
@@ -66,19 +69,17 @@ class Run:
             AUTOCAST[config.train.precision],
             self.device,
         )
-        data, length = Path(config.data.dir), config.data.sequence_length
-        self.corpus = manifest.fingerprint
-        self.validation = SplitReader(data, manifest, "validation", length)
-        self.token_bytes_V = torch.from_numpy(token_bytes(load_tokenizer(data / "tokenizer.json")))
-        self.stream = TrainStream(
-            SplitReader(data, manifest, "train", length),
-            config.train.batch_size,
-            config.train.seed,
+        self.corpus = corpora.fingerprint
+        self.validation = validation_readers(config.data, corpora, quarantined or {})
+        self.token_bytes_V = torch.from_numpy(token_bytes(load_tokenizer(corpora.tokenizer_file)))
+        self.turns = mixture_turns(config.data, corpora, config.train.seed)
+        self.stream = build_stream(
+            config.data, corpora, config.train.batch_size, config.train.seed, quarantined or {}
         )
         self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep)
         self.callbacks = sorted(callbacks, key=lambda callback: callback.priority)
         self.replay = replay_tables(config.model, self.device)
-        self.teacher, self.teacher_weights = load_teacher(config, manifest)
+        self.teacher, self.teacher_weights = load_teacher(config, corpora)
         self.step = 0
         self.asked_to_stop: int | None = None
         """signal that this process has got; it may come at any time"""
@@ -115,6 +116,8 @@ class Run:
         record = CommitRecord(
             step=self.step,
             position=self.stream.position,
+            tokens=self.stream.position * self.config.data.sequence_length,
+            stream=self.stream.state_dict(),
             corpus=self.corpus,
             config=self.config.model_dump(mode="json"),
             program=[f"{visit.layer}@{visit.depth}" for visit in self.decoder.program.visits],
@@ -150,6 +153,7 @@ class Run:
                 f"of the model is micro_batch; there are {world_size()}",
                 "start as many",
             )
+        check_mixture(self.config, found, record.tokens)
         if record.corpus != self.corpus:
             raise CheckpointError(
                 f"checkpoint '{folder}' was not trained on the corpus '{self.config.data.dir}'",
@@ -165,12 +169,12 @@ class Run:
         check_optimizer(self.blueprint, tensors["optimizer"])
         self.layout.load(tensors["model"], tensors["optimizer"])
         self.step = record.step
-        self.stream.position = record.position
+        self.stream.load(record.position, record.stream)
         for callback in self.callbacks:
             callback.load_state_dict(record.callbacks.get(callback.name, {}))
 
 
-def load_teacher(config: RunConfig, manifest: Manifest) -> tuple[TeacherModel | None, str | None]:
+def load_teacher(config: RunConfig, corpora: Corpora) -> tuple[TeacherModel | None, str | None]:
     """The model that a run distils from, and the hash of its weights.
 
     Raises CheckpointError where there is none, DataError where its tokens are other ones.
@@ -184,7 +188,7 @@ def load_teacher(config: RunConfig, manifest: Manifest) -> tuple[TeacherModel | 
     except MoebiusError as error:
         raise CheckpointError(f"distillation.teacher: {error}") from None
     if (
-        found.manifest.tokenizer.sha256 != manifest.tokenizer.sha256
+        found.corpora.tokenizer.sha256 != corpora.tokenizer.sha256
         or found.config.model.vocab_size != config.model.vocab_size
     ):
         raise DataError(
@@ -205,9 +209,9 @@ def replay_tables(model: ModelConfig, device: torch.device) -> dict[str, Routing
     return {path: load_routing(Path(path), device) for path in paths}
 
 
-def check_vocabulary(config: RunConfig, manifest: Manifest) -> None:
+def check_vocabulary(config: RunConfig, corpora: Corpora) -> None:
     """Raise DataError where the corpus holds token ids that the embedding does not have."""
-    size = manifest.tokenizer.vocab_size
+    size = corpora.tokenizer.vocab_size
     if size > config.model.vocab_size:
         raise DataError(
             f"model.vocab_size: {config.model.vocab_size}, but the tokenizer of "
@@ -238,6 +242,20 @@ def check_same_run(config: RunConfig, found: RunConfig, where: Path) -> None:
         )
 
 
+def check_mixture(config: RunConfig, found: RunConfig, tokens: int) -> None:
+    """Raise CheckpointError where phases that a run has gone through were other ones."""
+    past = [
+        [phase.model_dump() for phase in node.data.mixture if phase.from_tokens < max(tokens, 1)]
+        for node in (found, config)
+    ]
+    if past[0] != past[1]:
+        raise CheckpointError(
+            f"data.mixture: the {tokens:,} tokens of the checkpoint had the phases {past[0]}, the "
+            f"config says {past[1]}",
+            "leave these as they were, and add a phase that begins later",
+        )
+
+
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep a run folder to this process; two would delete each other's checkpoints.
@@ -245,10 +263,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises CheckpointError where another process trains there. The lock ends with the process,
     however it ends.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(exclusive(folder / "lock"))
         except BlockingIOError:
             raise CheckpointError(
                 f"run_dir: '{folder}' is being trained by another process",
@@ -260,9 +277,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def claim_folder(config: RunConfig) -> None:
     """Write the resolved config into the run folder, whose owner it is from now on.
 
-    The corpus is named by its absolute path, so that commands find it from any working directory.
+    Corpora are named by their absolute paths, so that commands find them from any working
+    directory.
     """
     path = Path(config.run_dir) / CONFIG_NAME
     tree = config.model_dump(mode="json")
-    tree["data"]["dir"] = os.path.abspath(config.data.dir)
+    for node in (tree["data"], *tree["data"]["corpora"].values()):
+        if node["dir"] is not None and "://" not in node["dir"]:
+            node["dir"] = os.path.abspath(node["dir"])
     write_whole(path, yaml.safe_dump(tree, sort_keys=False))

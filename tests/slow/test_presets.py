@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebius.data.manifest import Manifest
+from moebius.data.corpus import Corpora
 from moebius.data.prepare import prepare
 from moebius.trainer.callbacks.base import Callback, StepReport
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
@@ -19,6 +19,7 @@ from moebius.trainer.config import RunConfig
 from moebius.trainer.config_file import load_config
 from moebius.trainer.loop import train
 from moebius.trainer.run import Run
+from tests.conftest import QUIET
 from tests.trainer.helpers import REPOSITORY, logged, saved_state
 
 CONFIGS = REPOSITORY / "configs"
@@ -70,9 +71,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def corpus(folder: Path) -> Manifest:
+def corpus(folder: Path) -> Corpora:
     """The quickstart's corpus."""
-    return prepare(preset("routing/small", folder).data, 4096, lambda line: None)
+    return prepare(preset("routing/small", folder).data, 4096, QUIET)
 
 
 def preset(name: str, folder: Path) -> RunConfig:
@@ -87,7 +88,7 @@ def preset(name: str, folder: Path) -> RunConfig:
     return load_config(CONFIGS / f"{name}.yaml", overrides)
 
 
-def run_to_the_end(config: RunConfig, manifest: Manifest) -> tuple[Run, LastLoad]:
+def run_to_the_end(config: RunConfig, corpora: Corpora) -> tuple[Run, LastLoad]:
     """From the newest checkpoint in the run folder, if there is one."""
     load = LastLoad()
     callbacks = [
@@ -98,7 +99,7 @@ def run_to_the_end(config: RunConfig, manifest: Manifest) -> tuple[Run, LastLoad
         CheckpointCallback(),
         load,
     ]
-    run = Run(config, manifest, callbacks)
+    run = Run(config, corpora, callbacks)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.resume()
     train(run)

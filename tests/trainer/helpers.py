@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from moebius.data.manifest import read_manifest
+from moebius.data.corpus import open_corpora
 from moebius.parallel.world import is_main
 from moebius.trainer.callbacks.base import Callback, StepReport
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
@@ -57,7 +57,7 @@ def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
             TensorBoardSink(),
             RoutingRecorder(),
         ]
-    run = Run(config, read_manifest(Path(config.data.dir)), callbacks)
+    run = Run(config, open_corpora(config.data), callbacks)
     with lock_folder(run.folder) if is_main() else nullcontext():
         run.resume()
         if is_main():

@@ -12,7 +12,7 @@ from moebius.model.executor import LocalExecutor
 from moebius.trainer.config import RunConfig
 from moebius.trainer.restore import restore
 from moebius.trainer.run import claim_folder, lock_folder
-from tests.conftest import model_tree
+from tests.conftest import QUIET, model_tree
 from tests.model.recursion.conftest import one_thread
 from tests.trainer.helpers import logged, train_run, write_config
 from tests.trainer.test_depth_commands import DENSE, LOOP, command, loss_of, run_of
@@ -125,7 +125,7 @@ def test_what_cannot_be_converted_is_one_line(
     line = failure(capsys, dense, file, "model.ffn.intermediate_size=64")
     assert f"{file}: model.ffn: " in line
     other = {"dir": str(tmp_path / "small"), "tokenizer": {"vocab_size": 300}}
-    prepare(DataConfig.model_validate(data_config.model_dump() | other), 300, lambda line: None)
+    prepare(DataConfig.model_validate(data_config.model_dump() | other), 300, QUIET)
     small = (f"data.dir={tmp_path / 'small'}", "data.tokenizer.vocab_size=300")
     line = failure(capsys, dense, file, *small)
     assert "has another tokenizer than" in line

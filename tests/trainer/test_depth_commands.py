@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from moebius.data.manifest import read_manifest
-from moebius.data.stream import SplitReader, validation_batches
+from moebius.data.config import DataConfig
+from moebius.data.corpus import SplitReader, open_corpora
+from moebius.data.stream import validation_batches
 from moebius.errors import CheckpointError, ConfigError, DataError
 from moebius.model.context import StepContext
 from moebius.model.executor import LocalExecutor
@@ -76,22 +77,22 @@ def test_distillation_resumes_exactly_and_knows_its_teacher(
 
 
 def test_teachers_that_cannot_teach(run_tree: dict[str, Any], tmp_path: Path, dense: Path) -> None:
-    manifest = read_manifest(Path(run_tree["data"]["dir"]))
+    corpora = open_corpora(DataConfig.model_validate(run_tree["data"]))
     with pytest.raises(CheckpointError, match=r"distillation\.teacher: .* is no run folder"):
-        Run(distilled(run_tree, tmp_path, "student", tmp_path / "nothing"), manifest, [])
+        Run(distilled(run_tree, tmp_path, "student", tmp_path / "nothing"), corpora, [])
     model = model_tree(ffn=DENSE, depth=LOOP, vocab_size=600)
     other = run_of(run_tree, tmp_path, "other", model=model, distillation={"teacher": str(dense)})
     with pytest.raises(DataError, match="another tokenizer or vocab_size"):
-        Run(other, manifest, [])
+        Run(other, corpora, [])
 
 
 def test_a_teacher_is_the_model_of_its_checkpoint(run_tree: dict[str, Any], tmp_path: Path) -> None:
     """What is scheduled in it stays as it was; one that only looks ahead cannot teach."""
-    manifest = read_manifest(Path(run_tree["data"]["dir"]))
+    corpora = open_corpora(DataConfig.model_validate(run_tree["data"]))
     router = {"kind": "token_choice", "full_depth_steps": 5}
     model = model_tree(ffn=DENSE, depth=LOOP | {"router": router})
     folder = train_run(run_of(run_tree, tmp_path, "scheduled", model=model)).folder
-    student = Run(distilled(run_tree, tmp_path, "student", folder), manifest, [])
+    student = Run(distilled(run_tree, tmp_path, "student", folder), corpora, [])
     assert student.teacher is not None
     own = restore(folder, None, "cpu")
     batch = next(iter(batches_of(own)))
@@ -102,7 +103,7 @@ def test_a_teacher_is_the_model_of_its_checkpoint(run_tree: dict[str, Any], tmp_
     blind = model_tree(ffn=DENSE, depth=LOOP | {"router": {"causal": {"kind": "none"}}})
     other = train_run(run_of(run_tree, tmp_path, "blind", model=blind)).folder
     with pytest.raises(CheckpointError, match=r"distillation\.teacher: .*cannot generate or teach"):
-        Run(distilled(run_tree, tmp_path, "pupil", other), manifest, [])
+        Run(distilled(run_tree, tmp_path, "pupil", other), corpora, [])
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
@@ -162,7 +163,7 @@ def test_convert_then_train_then_generate(
 
 def batches_of(model: TrainedModel) -> Any:
     config = model.config.data
-    reader = SplitReader(Path(config.dir), model.manifest, "validation", config.sequence_length)
+    reader = SplitReader(model.corpora.first, "validation", config.sequence_length)
     return validation_batches(reader, 4, 2)
 
 

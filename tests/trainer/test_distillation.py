@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moebius.data.config import DataConfig
-from moebius.data.manifest import read_manifest
+from moebius.data.corpus import open_corpora
 from moebius.data.prepare import prepare
 from moebius.errors import CheckpointError
 from moebius.files import file_sha256
@@ -19,7 +19,7 @@ from moebius.trainer.checkpoint.store import CheckpointStore
 from moebius.trainer.config import RunConfig
 from moebius.trainer.restore import restore
 from moebius.trainer.run import Run
-from tests.conftest import model_tree
+from tests.conftest import QUIET, model_tree
 from tests.model.recursion.conftest import one_thread
 from tests.trainer.helpers import logged, train_run, write_config
 from tests.trainer.test_depth_commands import DENSE, LOOP, command, run_of
@@ -50,7 +50,7 @@ def test_the_first_step_is_cross_entropy_plus_divergence(
     """Both losses and the norm of their common gradient, from whole logits of both models."""
     config = student(run_tree, tmp_path, "s", teacher, coefficient=0.6, temperature=1.5)
     before = hashes(teacher)
-    untrained = Run(config, read_manifest(Path(config.data.dir)), [])
+    untrained = Run(config, open_corpora(config.data), [])
     batch = next(untrained.stream)
     labels_T = batch.labels_BS.flatten()
     executors = (untrained.layout.executor, restore(teacher, None, "cpu").executor)
@@ -135,7 +135,7 @@ def test_teachers_that_cannot_teach_are_one_line(
         "tokenizer": {"vocab_size": 300},
     }
     other = DataConfig.model_validate(options)
-    prepare(other, 300, lambda line: None)
+    prepare(other, 300, QUIET)
     cases: list[tuple[dict[str, Any], str, int]] = [
         ({"distillation": {"teacher": str(tmp_path / "no")}}, "is no run folder", 4),
         ({"distillation": {"teacher": str(teacher), "step": 5}}, "there: 3, 6", 4),

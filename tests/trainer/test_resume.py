@@ -9,13 +9,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moebius.data.manifest import read_manifest
+from moebius.data.corpus import open_corpora
 from moebius.data.prepare import prepare
 from moebius.errors import CheckpointError, TrainingError
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.config import RunConfig
 from moebius.trainer.loop import train
 from moebius.trainer.run import Run, check_folder, claim_folder
+from tests.conftest import QUIET
 from tests.trainer.helpers import logged, saved_state, train_run
 
 
@@ -167,7 +168,7 @@ def test_a_checkpoint_knows_its_config_and_corpus(run_tree: dict[str, Any], tmp_
         train_run(other)
     data = run_tree["data"] | {"dir": str(tmp_path / "other"), "validation_fraction": 0.3}
     moved = config_in(run_tree, tmp_path / "run", data=data)
-    prepare(moved.data, moved.model.vocab_size, lambda line: None)
+    prepare(moved.data, moved.model.vocab_size, QUIET)
     with pytest.raises(CheckpointError, match="was not trained on the corpus"):
         train_run(moved)
 
@@ -190,7 +191,7 @@ def test_nothing_is_saved_after_a_step_that_was_not_finite(
     changes = {"checkpoint": {"interval": 2}, "log": {"interval": 1000}}
     config = config_in(run_tree, tmp_path / "run", **changes)
     good = train_run(config, stop_after=2)
-    run = Run(config, read_manifest(Path(config.data.dir)), [CheckpointCallback()])
+    run = Run(config, open_corpora(config.data), [CheckpointCallback()])
     run.resume()
     with torch.no_grad():
         next(run.decoder.parameters()).fill_(float("nan"))

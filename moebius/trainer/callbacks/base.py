@@ -23,6 +23,9 @@ class StepReport:
     lr: float
     ledger: Ledger
     sample_ids: range
+    """of the batch"""
+    read: list[int]
+    """of these, those that this process read"""
 
 
 class Callback:

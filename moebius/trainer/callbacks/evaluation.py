@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moebius.data.stream import validation_batches
+from moebius.data.build import corpus_weights
 from moebius.trainer.callbacks.base import Callback, StepReport
-from moebius.trainer.evaluation import evaluate
+from moebius.trainer.evaluation import evaluate_corpora
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
@@ -30,8 +30,17 @@ class EvaluationCallback(Callback):
             self._evaluate(run)
 
     def _evaluate(self, run: Run) -> None:
-        batches = validation_batches(
-            run.validation, run.config.train.batch_size, run.config.evaluation.num_batches
+        config = run.config
+        run.publish(
+            evaluate_corpora(
+                run.layout,
+                run.validation,
+                corpus_weights(run.turns, config.data, run.stream.position),
+                config.train.batch_size,
+                config.evaluation.num_batches,
+                run.token_bytes_V,
+                run.device,
+                run.step,
+                config.train.seed,
+            )
         )
-        seed = run.config.train.seed
-        run.publish(evaluate(run.layout, batches, run.token_bytes_V, run.device, run.step, seed))

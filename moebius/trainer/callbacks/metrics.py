@@ -65,8 +65,9 @@ class MetricsCallback(Callback):
         if metrics:
             routing = routing_metrics(run.blueprint, report.ledger)
             traffic = communication(run.layout.mesh.traffic.take(), self.steps)
-            run.publish(metrics | routing | traffic | self._speed(run, report))
-            self.seconds, self.steps = 0.0, 0
+            speed = self._speed(run, report)
+            run.publish(metrics | routing | traffic | speed | mixture_metrics(run))
+            self.seconds, self.steps, run.stream.waited = 0.0, 0, 0.0
 
     def _speed(self, run: Run, report: StepReport) -> dict[str, float]:
         """MFU counts executed FLOPs: chosen FFN experts and selected tokens, not possible ones."""
@@ -84,6 +85,7 @@ class MetricsCallback(Callback):
             ),
             "speed/tokens_per_second": rows * length * steps_per_second,
             "speed/step_seconds": 1 / steps_per_second,
+            "speed/data_wait": run.stream.waited / self.seconds,
             "speed/mfu": executed * steps_per_second / peak,
             "speed/mfu_nominal": nominal * steps_per_second / peak,
         }
@@ -92,6 +94,19 @@ class MetricsCallback(Callback):
         """Keep the best rate seen: measured once, another process could halve it for good."""
         dtype = AUTOCAST[run.config.train.precision] or torch.float32
         self.peak = max(self.peak, matmul_flops_per_second(run.device, dtype, seconds))
+
+
+def mixture_metrics(run: Run) -> dict[str, float]:
+    """Of each corpus of a mixture, its present weight and its share of all tokens so far."""
+    if run.turns is None:
+        return {}
+    position, names = run.stream.position, run.config.data.corpora
+    weights, counts = run.turns.weights(position), run.turns.counts(position)
+    metrics = {}
+    for number, name in enumerate(names):
+        metrics[f"data/{name}/weight"] = float(weights[number])
+        metrics[f"data/{name}/share"] = float(counts[number]) / max(position, 1)
+    return metrics
 
 
 def communication(traffic: Traffic, steps: int) -> dict[str, float]:

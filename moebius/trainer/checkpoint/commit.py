@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from moebius.config import ConfigNode
 from moebius.errors import CheckpointError
 from moebius.files import file_sha256, sync, write_whole
@@ -26,6 +28,10 @@ class CommitRecord(ConfigNode):
     """optimizer steps done"""
     position: int
     """samples of the training stream consumed"""
+    tokens: int
+    """the same in tokens"""
+    stream: dict[str, Any] = Field(default_factory=dict)
+    """what else the stream needs to go on there"""
     corpus: str
     """fingerprint of tokenizer and tokens, see `Manifest.fingerprint`"""
     config: dict[str, Any]

@@ -12,6 +12,7 @@ from moebius.data.prepare import prepare
 from moebius.errors import CheckpointError, ConfigError
 from moebius.model.recursion.convert import Method, conversion_problems, convert
 from moebius.trainer.commands.arguments import whole
+from moebius.trainer.commands.preparing import workshop
 from moebius.trainer.config_file import load_config
 from moebius.trainer.restore import restore
 from moebius.trainer.run import Run, check_folder, claim_folder, lock_folder
@@ -44,13 +45,14 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         lines = [f"{arguments.config}: model.{path}: {message}" for path, message in problems]
         raise ConfigError("\n".join(lines))
     show = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    manifest = prepare(config.data, config.model.vocab_size, show)
-    if manifest.tokenizer.sha256 != source.manifest.tokenizer.sha256:
+    with workshop(console) as tools:
+        corpora = prepare(config.data, config.model.vocab_size, tools)
+    if corpora.tokenizer.sha256 != source.corpora.tokenizer.sha256:
         raise ConfigError(
             f"data.dir: '{config.data.dir}' has another tokenizer than '{arguments.source}'",
             "use the source's corpus, or prepare one with data.tokenizer.path",
         )
-    target = Run(config, manifest, [])
+    target = Run(config, corpora, [])
     with lock_folder(target.folder):
         if target.store.checkpoints():
             raise CheckpointError(

@@ -1,14 +1,13 @@
 """moebius evaluate: the validation loss of a run's checkpoint."""
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
-from moebius.data.stream import SplitReader, validation_batches
+from moebius.data.build import corpus_weights, mixture_turns, validation_readers
 from moebius.trainer.callbacks.console import evaluation_line
 from moebius.trainer.commands.arguments import add_run_arguments, whole
-from moebius.trainer.evaluation import evaluate
+from moebius.trainer.evaluation import evaluate_corpora
 from moebius.trainer.restore import restore
 
 
@@ -22,14 +21,13 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Evaluate on the beginning of the validation split, as during training."""
     model = restore(arguments.run, arguments.step, arguments.device)
     config = model.config
-    reader = SplitReader(
-        Path(config.data.dir), model.manifest, "validation", config.data.sequence_length
-    )
-    num_batches = arguments.num_batches or config.evaluation.num_batches
-    batches = validation_batches(reader, config.train.batch_size, num_batches)
-    metrics = evaluate(
+    turns = mixture_turns(config.data, model.corpora, config.train.seed)
+    metrics = evaluate_corpora(
         model.executor,
-        batches,
+        validation_readers(config.data, model.corpora, {}),
+        corpus_weights(turns, config.data, model.position),
+        config.train.batch_size,
+        arguments.num_batches or config.evaluation.num_batches,
         model.token_bytes_V,
         model.device,
         model.step,

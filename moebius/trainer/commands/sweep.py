@@ -1,12 +1,13 @@
 """moebius sweep: a recursive checkpoint with other numbers of passes and other shares of tokens."""
 
 import argparse
-from pathlib import Path
+from itertools import chain
 
 from rich.console import Console
 from rich.table import Table
 
-from moebius.data.stream import SplitReader, validation_batches
+from moebius.data.build import validation_readers
+from moebius.data.stream import validation_batches
 from moebius.model.context import StepContext
 from moebius.model.ledger import Ledger
 from moebius.trainer.commands.arguments import add_run_arguments, positive, whole
@@ -36,11 +37,12 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     model = restore(arguments.run, arguments.step, arguments.device)
     config = model.config
     chosen = list(settings(config.model, arguments.recursions, arguments.scales))
-    reader = SplitReader(
-        Path(config.data.dir), model.manifest, "validation", config.data.sequence_length
-    )
+    readers = validation_readers(config.data, model.corpora, {})
     num_batches = arguments.num_batches or config.evaluation.num_batches
-    batches = validation_batches(reader, config.train.batch_size, num_batches)
+    batches = chain.from_iterable(
+        validation_batches(reader, config.train.batch_size, num_batches)
+        for reader in readers.values()
+    )
     step = StepContext("threshold", Ledger(), model.step, config.train.seed)
     outcomes = sweep(model.executor, batches, chosen, model.device, step)
     bound, wins = best_settings(outcomes)

@@ -11,12 +11,14 @@ from rich.console import Console
 from torch.distributed.distributed_c10d import Store
 
 from moebius.data.prepare import prepare
+from moebius.data.quarantine import find_bad_shards
 from moebius.errors import LayoutError
 from moebius.parallel.batch import row_ranges
 from moebius.parallel.explain import explain
 from moebius.parallel.mesh import Axes
 from moebius.parallel.schedule import plan
-from moebius.parallel.world import check_alike, is_main, joined, main_first, world_size
+from moebius.parallel.world import check_alike, from_main, is_main, joined, main_first, world_size
+from moebius.trainer.callbacks.audit import AuditCallback
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.console import ConsoleCallback
 from moebius.trainer.callbacks.evaluation import EvaluationCallback
@@ -24,6 +26,7 @@ from moebius.trainer.callbacks.interrupt import InterruptCallback
 from moebius.trainer.callbacks.metrics import MetricsCallback
 from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
+from moebius.trainer.commands.preparing import workshop
 from moebius.trainer.config import RunConfig, settings
 from moebius.trainer.config_file import load_config
 from moebius.trainer.loop import train
@@ -80,12 +83,18 @@ def _train(
     console = console if is_main() else Console(quiet=True)
     check_folder(config)
     say = partial(_print, console)
-    manifest = main_first(lambda: prepare(config.data, config.model.vocab_size, say), store)
-    check_alike("corpus", {"data": manifest.fingerprint}, store)
+    with workshop(console) as tools:
+        corpora = main_first(lambda: prepare(config.data, config.model.vocab_size, tools), store)
+    check_alike("corpus", {"data": corpora.fingerprint}, store)
+    quarantined = {}
+    if config.data.bad_shards == "quarantine":
+        quarantined = from_main("quarantine", lambda: find_bad_shards(corpora, say), store)
     callbacks = [InterruptCallback(), MetricsCallback(), EvaluationCallback(), CheckpointCallback()]
     if is_main():
         callbacks += [ConsoleCallback(console), JsonlSink(), TensorBoardSink(), RoutingRecorder()]
-    training = Run(config, manifest, callbacks)
+    if config.log.audit:
+        callbacks.append(AuditCallback())
+    training = Run(config, corpora, callbacks, quarantined)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     rows = config.train.batch_size
     for line in explain(training.layout, processes, rows, config.train.micro_batch_size or rows):
@@ -95,7 +104,10 @@ def _train(
         training.resume()
         if is_main():
             claim_folder(config)
-        train(training)
+        try:
+            train(training)
+        finally:
+            training.stream.close()
     again = shlex.join(["moebius", "train", arguments.config, *arguments.overrides])
     folder = training.folder
     interrupted = training.step < config.train.num_steps

@@ -1,0 +1,231 @@
+"""Text to token ids: by tiktoken where it gives the ids of tokenizers, by tokenizers elsewhere.
+
+tiktoken is several times as fast. Which texts it may encode is proven, not sampled:
+
+*Pieces.* The patterns that cut a text into pieces see a character only through the classes it is
+in. The libraries have regular-expression engines of their own, so a character is trusted only if
+both put it into the same of `CLASSES`; texts with another character go to tokenizers.
+
+*Merges.* tokenizers merges the pairs of a list, in the order of the list. tiktoken merges any two
+neighbours whose concatenation is a token, lowest id first. Call the run of a token what
+tokenizers does to its characters alone; merges made inside the span of a token, while none
+crosses its ends, are the beginning of its run. Whoever merges (x, y) to a token t thus finds the
+state (x, y) of the run of t, which has at most one state of two tokens.
+
+- If the run ends in t, (x, y) is the pair which tokenizers merges there: it is in the list.
+- If the run ends in two tokens, tiktoken would merge them and tokenizers does not.
+- If it ends in three or more, no one ever finds two neighbours which make t.
+
+So both do the same if the ids of the merges' results never fall, each byte is a token, and tiktoken
+knows no token of the second kind. One of the third kind it may know where tokenizers, too, looks up
+a whole piece before it merges (`ignore_merges`).
+"""
+
+import itertools
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import tiktoken
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+GPT2_PATTERN = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel
+)
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+PATTERNS = (GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN)
+"""patterns of pieces that both libraries read alike; each gives every character to a piece"""
+CLASSES = (
+    *(r"\s", r"\S", r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"[^\r\n\p{L}\p{N}]", r"[\r\n]"),
+    *(f"(?i:{letter})" for letter in "'strevmld"),
+)
+"""what the patterns are made of, besides characters that stand for themselves"""
+SPACE_BLOCK = 100_000
+"""length of a blank block that goes to tokenizers; tiktoken fails on a million spaces"""
+
+
+class Encoder:
+    """Encodes texts to the ids that `tokenizer` gives them, in the calling thread where it can.
+
+    It pickles as the tokenizer's json and proves anew what it may do when it is read.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, fast: tiktoken.Encoding | None) -> None:
+        self.tokenizer, self.fast = tokenizer, fast
+        self.characters = CharacterCheck()
+        self.characters.check(map(chr, range(128)))
+        if self.characters.unlike:
+            self.fast = None
+
+    def encode(self, texts: list[str]) -> list[NDArray[np.uint32]]:
+        """Ids of each text, without special tokens. Raises TypeError on a lone surrogate."""
+        if self.fast is None:
+            return self._by_tokenizers(texts)
+        # ASCII is known, and nearly all texts of many corpora.
+        self.characters.check(set().union(*(text for text in texts if not text.isascii())))
+        suits = [self.characters.all_alike(text) and not _is_blank_long(text) for text in texts]
+        rest = [text for text, suit in zip(texts, suits, strict=True) if not suit]
+        others = iter(self._by_tokenizers(rest))
+        return [
+            self.fast.encode_to_numpy(text, disallowed_special=()) if suit else next(others)
+            for text, suit in zip(texts, suits, strict=True)
+        ]
+
+    def _by_tokenizers(self, texts: list[str]) -> list[NDArray[np.uint32]]:
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # A Tokenizer forgets `encode_special_tokens` when it is pickled.
+        return _rebuild, (self.tokenizer.to_str(), self.tokenizer.encode_special_tokens)
+
+
+def build_encoder(tokenizer: Tokenizer) -> Encoder:
+    """The encoder of `tokenizer`, which must not be changed after."""
+    return Encoder(tokenizer, _to_tiktoken(tokenizer))
+
+
+def _rebuild(content: str, encode_special_tokens: bool) -> Encoder:
+    tokenizer = Tokenizer.from_str(content)
+    tokenizer.encode_special_tokens = encode_special_tokens
+    return build_encoder(tokenizer)
+
+
+class CharacterCheck:
+    """Sorts characters into those that both engines put into the same classes, and others."""
+
+    def __init__(self) -> None:
+        self.alike: set[str] = set()
+        self.unlike: set[str] = set()
+        self._engines = [(_TiktokenClass(name), _TokenizersClass(name)) for name in CLASSES]
+
+    def check(self, characters: Iterable[str]) -> None:
+        """Learn about those of the characters that are new."""
+        new = set(characters) - self.alike - self.unlike
+        if not new:
+            return
+        # Lone surrogates are no text; tokenizers says so, tiktoken would replace them.
+        unlike = {character for character in new if "\ud800" <= character <= "\udfff"}
+        text = "".join(new - unlike)
+        for one, other in self._engines:
+            unlike |= one.members(text) ^ other.members(text)
+        self.unlike |= unlike
+        self.alike |= new - unlike
+
+    def all_alike(self, text: str) -> bool:
+        """Whether a text, all of whose characters have been checked, has none that is unlike."""
+        return not self.unlike or self.unlike.isdisjoint(text)
+
+
+class _TiktokenClass:
+    """Finds members of a class: tiktoken encodes only what its pattern finds, here to bytes."""
+
+    def __init__(self, pattern: str) -> None:
+        ranks = {bytes([value]): value for value in range(256)}
+        self._encoding = tiktoken.Encoding(
+            pattern, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    def members(self, text: str) -> set[str]:
+        return set(bytes(self._encoding.encode_ordinary(text)).decode())
+
+
+class _TokenizersClass:
+    """Finds members of a class: tokenizers drops from a text what the pattern finds."""
+
+    def __init__(self, pattern: str) -> None:
+        self._split = pre_tokenizers.Split(Regex(pattern), "removed")
+
+    def members(self, text: str) -> set[str]:
+        return set(text).difference(*(piece for piece, _ in self._split.pre_tokenize_str(text)))
+
+
+def _to_tiktoken(tokenizer: Tokenizer) -> tiktoken.Encoding | None:
+    """The same encoding in tiktoken; None where it is not proven to be the same."""
+    spec = json.loads(tokenizer.to_str())
+    if any(spec[key] is not None for key in ("normalizer", "truncation", "padding")):
+        return None
+    # Added tokens are never found in text if all are special and those are taken for text.
+    special = all(token["special"] for token in spec["added_tokens"])
+    if spec["added_tokens"] and not (special and tokenizer.encode_special_tokens):
+        return None
+    pattern = _pattern(spec["pre_tokenizer"])
+    ranks = _ranks(spec["model"])
+    if pattern is None or ranks is None:
+        return None
+    # tiktoken searches for special tokens even where none is allowed; an empty list would be
+    # searched as the empty string, which is everywhere.
+    unused = {"<|none|>": max(ranks.values()) + 1}
+    return tiktoken.Encoding(
+        "tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens=unused
+    )
+
+
+def _pattern(pre_tokenizer: object) -> str | None:
+    match pre_tokenizer:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+            return GPT2_PATTERN
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": str(pattern)},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        } if pattern in PATTERNS:
+            return pattern
+    return None
+
+
+def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
+    """Ids of the tokens that tiktoken may make; None where no such set gives the same ids."""
+    unsupported = ("dropout", "unk_token", "byte_fallback")
+    affixes = ("continuing_subword_prefix", "end_of_word_suffix")
+    if model["type"] != "BPE" or any(model[key] for key in (*unsupported, *affixes)):
+        return None
+    vocab: dict[str, int] = model["vocab"]
+    merges = [(left, right) for left, right in model["merges"]]
+    results = [vocab[left + right] for left, right in merges]
+    if any(later < earlier for earlier, later in itertools.pairwise(results)):
+        return None
+    spelling = _byte_spelling()
+    if not spelling.keys() <= vocab.keys() or len(set(vocab.values())) < len(vocab):
+        return None
+    bpe = models.BPE(vocab, merges)
+    ranks = {}
+    for token, token_id in vocab.items():
+        if not spelling.keys() >= set(token):
+            continue  # it is not made of bytes
+        run = [part.value for part in bpe.tokenize(token)]
+        if run != [token]:
+            if not model["ignore_merges"]:
+                continue  # tokenizers never makes it, nor does a tiktoken without it
+            if len(run) < 3:
+                return None
+        ranks[bytes(spelling[character] for character in token)] = token_id
+    return ranks
+
+
+def _byte_spelling() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    return {chr(value): value for value in printable} | {
+        chr(256 + index): value for index, value in enumerate(others)
+    }
+
+
+def _is_blank_long(text: str) -> bool:
+    """Whether an aligned block is blank: one is in any run of spaces of two blocks' length."""
+    starts = range(0, len(text) - SPACE_BLOCK + 1, SPACE_BLOCK)
+    return any(text[start : start + SPACE_BLOCK].isspace() for start in starts)
