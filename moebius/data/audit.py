@@ -34,6 +34,7 @@ class AuditWriter:
             attempt=attempt,
             step=step,
             position=stream.position,
+            batch_size=stream.batch_size,
             dp=dp,
             samples=stream.num_samples,
         )
@@ -59,6 +60,7 @@ class Attempt:
     step: int
     """after which it began"""
     position: int
+    batch_size: int
     samples: tuple[int, ...] | None
     """in an epoch of each corpus; None: without an end"""
     steps: dict[int, NDArray[np.int64]]
@@ -79,6 +81,7 @@ def read_audit(folder: Path) -> NDArray[np.int64]:
     attempts = [_attempt(folder, number) for number in _numbers(folder)]
     first = attempts[0]
     steps: dict[int, NDArray[np.int64]] = {}
+    sizes: dict[int, int] = {}
     for attempt in attempts:
         reached = max(steps, default=first.step)
         if not first.step <= attempt.step <= reached:
@@ -88,18 +91,19 @@ def read_audit(folder: Path) -> NDArray[np.int64]:
             )
         steps = {step: rows for step, rows in steps.items() if step <= attempt.step}
         steps |= attempt.steps
+        sizes |= dict.fromkeys(attempt.steps, attempt.batch_size)
     position = first.position
     for number in range(first.step + 1, max(steps, default=first.step) + 1):
         if number not in steps:
             raise DataError(f"audit '{folder}': step {number} is missing")
         found = steps[number][:, 0]
-        expected = np.arange(position, position + len(found))
+        expected = np.arange(position, position + sizes[number])
         if not np.array_equal(found, expected):
             raise DataError(
                 f"audit '{folder}': step {number} has samples {_brief(found)}, "
                 f"expected {_brief(expected)}"
             )
-        position += len(found)
+        position += sizes[number]
     empty = np.zeros((0, len(COLUMNS)), dtype=np.int64)
     rows = np.concatenate([empty, *(steps[number] for number in sorted(steps))])
     _check_epochs(folder, rows, attempts[-1].samples)
@@ -154,6 +158,7 @@ def _attempt(folder: Path, number: int) -> Attempt:
     return Attempt(
         heads[0]["step"],
         heads[0]["position"],
+        heads[0]["batch_size"],
         None if samples is None else tuple(samples),
         joined,
     )
@@ -167,7 +172,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             line = json.loads(text)
-            wanted = {"attempt", "dp", "step", "position", "samples"} if number == 0 else {"rows"}
+            wanted = {"position", "batch_size", "dp", "samples"} if number == 0 else {"rows"}
             if not isinstance(line, dict) or not wanted | {"step"} <= line.keys():
                 raise ValueError("fields")
         except ValueError:

@@ -198,7 +198,7 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
     results = [vocab[left + right] for left, right in merges]
     if any(later < earlier for earlier, later in itertools.pairwise(results)):
         return None
-    spelling = _byte_spelling()
+    spelling = byte_spelling()
     if not spelling.keys() <= vocab.keys() or len(set(vocab.values())) < len(vocab):
         return None
     bpe = models.BPE(vocab, merges)
@@ -216,7 +216,7 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
     return ranks
 
 
-def _byte_spelling() -> dict[str, int]:
+def byte_spelling() -> dict[str, int]:
     """The byte that each character of a byte-level vocabulary stands for."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))

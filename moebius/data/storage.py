@@ -177,15 +177,10 @@ class _Remote:
         import fsspec.core  # takes a while, and local corpora do without
 
         url = f"{location.rstrip('/')}/{name}"
-        try:
-            fs, root = fsspec.core.url_to_fs(location)
-        except (ImportError, ValueError) as error:
-            raise DataError(
-                f"data.dir: cannot open '{location}': {_first_line(error)}",
-                "give a local folder or a URL for which fsspec has what it needs",
-            ) from error
-        path = f"{root.rstrip('/')}/{name}"
         with _explained(url):
+            # Here and not once: connections that a forked process inherits do not work.
+            fs, root = fsspec.core.url_to_fs(location)
+            path = f"{root.rstrip('/')}/{name}"
             fs.invalidate_cache()  # some filesystems remember sizes and times
             info = fs.info(path)
             size = info["size"]
@@ -213,7 +208,7 @@ def _version(info: dict[str, Any]) -> str:
 
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
-    """Turns whatever a filesystem raises into one line."""
+    """Turns whatever a filesystem raises into one line; fsspec names a package that is missing."""
     try:
         yield
     except Exception as error:  # every filesystem has its own, for network and permissions alike
@@ -223,7 +218,7 @@ def _explained(url: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             # Its text is often the path alone, and for HTTP any failure is one, with a cause.
             cause = f" ({_first_line(error.__cause__)})" if error.__cause__ else ""
-            reason = f"no such file{cause}"
+            reason = f"not found{cause}"
         raise DataError(f"data.dir: cannot read '{url}': {reason}") from error
 
 

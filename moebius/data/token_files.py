@@ -253,10 +253,14 @@ def _megatron_header(index: Path, raw: Tokens) -> tuple[np.dtype[Any], int, int]
         )
     _, version, code, count, borders = HEADER.unpack(head)
     if version != 1:
-        raise DataError(f"data.source.paths: '{index}' has version {version}, allowed: 1")
+        raise DataError(
+            f"data.source.paths: '{index}' has version {version}, allowed: 1",
+            "damaged, or another layout: make it again with Megatron",
+        )
     if code not in MEGATRON_DTYPES:
         raise DataError(
-            f"data.source.paths: '{index}' has token type {code}, allowed: {list(MEGATRON_DTYPES)}"
+            f"data.source.paths: '{index}' has token type {code}, allowed: {list(MEGATRON_DTYPES)}",
+            "damaged, or no tokens: make it again with integers",
         )
     expected = HEADER.size + 12 * count + 8 * borders
     if borders == 0 or len(raw) != expected:

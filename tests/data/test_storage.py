@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -64,6 +65,16 @@ class Broken(LocalFileSystem):
         if name == "full":
             Path("/dev/full").write_bytes(b"x" * 100_000)
         Path(path2).write_bytes(Path(path1).read_bytes()[:-1])
+
+
+@pytest.fixture(autouse=True)
+def deadline() -> Iterator[None]:
+    """A fetch that waits for ever fails."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("this takes for ever"))
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
@@ -206,12 +217,30 @@ def test_fresh_downloads_always_where_nothing_tells_a_version(
     assert downloads(shelf) == ["tokenizer.json"] * 3
 
 
+def test_fresh_passes_over_what_a_filesystem_remembers(
+    tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those do that find a file in a listing of its folder."""
+    remembered: dict[str, Any] = {}
+    info = Shelf.info
+
+    def remembering(self: Shelf, path: str, **kwargs: Any) -> dict[str, Any]:
+        return dict(remembered.setdefault(path, info(self, path, **kwargs)))
+
+    monkeypatch.setattr(Shelf, "info", remembering)
+    monkeypatch.setattr(Shelf, "invalidate_cache", lambda *_: remembered.clear())
+    storage = open_storage(f"shelf://{shelf}", cache(tmp_path))
+    for seed in range(2):
+        content = put(shelf, "manifest.json", 1000, seed)
+        assert storage.fetch("manifest.json", fresh=True).read_bytes() == content
+
+
 def test_fresh_does_not_serve_a_file_that_is_gone(tmp_path: Path, shelf: Path) -> None:
     storage = open_storage(f"file://{shelf}", cache(tmp_path))
     put(shelf, "manifest.json", 10)
     storage.fetch("manifest.json")
     (shelf / "manifest.json").unlink()
-    assert "no such file" in refusal(storage, "manifest.json", fresh=True)
+    assert "not found" in refusal(storage, "manifest.json", fresh=True)
 
 
 def test_shards_used_longest_ago_make_room(tmp_path: Path, shelf: Path) -> None:
@@ -304,6 +333,25 @@ def test_processes_and_threads_download_a_file_once(tmp_path: Path, shelf: Path)
     assert [process.exitcode for process in processes] == [0, 0]
     assert sorted(downloads(shelf)) == ["0.bin", "manifest.json"]
     assert sorted(path.name for path in in_cache(tmp_path)) == ["0.bin", "manifest.json"]
+
+
+def test_who_waits_for_a_download_does_not_ask_the_remote(
+    tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    info = Shelf.info
+
+    def watched(self: Shelf, path: str, **kwargs: Any) -> dict[str, Any]:
+        asked.append(path)
+        return dict(info(self, path, **kwargs))
+
+    monkeypatch.setattr(Shelf, "info", watched)
+    (shelf / "slow").touch()
+    put(shelf, "0.bin", 1000)
+    storage = open_storage(f"shelf://{shelf}", cache(tmp_path))
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(storage.fetch, ["0.bin"] * 8))
+    assert asked == [f"{shelf}/0.bin"]
 
 
 def test_downloads_at_once_keep_to_the_limit_together(
@@ -443,7 +491,7 @@ class TestErrors:
     def test_a_missing_file_is_named(self, tmp_path: Path, shelf: Path, url: str) -> None:
         url = url.format(shelf=shelf)
         message = refusal(open_storage(url, cache(tmp_path)), "manifest.json")
-        assert message == f"data.dir: cannot read '{url}/manifest.json': no such file"
+        assert message == f"data.dir: cannot read '{url}/manifest.json': not found"
 
     def test_a_missing_file_has_the_reason_of_its_failure(
         self, tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch
@@ -455,7 +503,21 @@ class TestErrors:
 
         monkeypatch.setattr(Shelf, "info", info)
         message = refusal(open_storage(f"shelf://{shelf}", cache(tmp_path)), "0.bin")
-        assert message.endswith("no such file (no route to host)")
+        assert message.endswith("not found (no route to host)")
+
+    def test_a_server_that_cannot_be_reached_is_no_fault_of_the_cache(
+        self, tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Some filesystems connect when they are made."""
+
+        def refuse(self: Shelf, **kwargs: Any) -> None:
+            raise ConnectionRefusedError(111, "Connection refused")
+
+        monkeypatch.setattr(Shelf, "__init__", refuse)
+        monkeypatch.setattr(Shelf, "cachable", False)
+        message = refusal(open_storage(f"shelf://{shelf}", cache(tmp_path)), "0.bin")
+        assert message.startswith(f"data.dir: cannot read 'shelf://{shelf}/0.bin': ")
+        assert message.endswith("Connection refused")
 
     def test_a_folder_is_no_file(self, tmp_path: Path, shelf: Path) -> None:
         (shelf / "manifest.json").mkdir()
@@ -465,7 +527,7 @@ class TestErrors:
 
     def test_an_unknown_protocol_is_named(self, tmp_path: Path) -> None:
         message = refusal(open_storage("cupboard://web", cache(tmp_path)), "manifest.json")
-        assert "data.dir: cannot open 'cupboard://web': " in message
+        assert message.startswith("data.dir: cannot read 'cupboard://web/manifest.json': ")
         assert "cupboard" in message.split("': ")[1]
 
     def test_a_missing_package_is_named(self, tmp_path: Path) -> None:
@@ -473,7 +535,9 @@ class TestErrors:
             "attic", "no_such_atticfs.Attic", clobber=True, errtxt="Install atticfs for it"
         )
         message = refusal(open_storage("attic://web", cache(tmp_path)), "manifest.json")
-        assert "data.dir: cannot open 'attic://web': Install atticfs for it" in message
+        assert message == (
+            "data.dir: cannot read 'attic://web/manifest.json': Install atticfs for it"
+        )
 
     @pytest.mark.parametrize("name", ["../0.bin", "/etc/passwd", "..", "", ".0.bin", "a\n.bin"])
     def test_names_do_not_lead_out_of_the_folder(

@@ -1,0 +1,670 @@
+"""Damaged files are refused in one line or do no harm: no traceback, no hang, no wrong token.
+
+Every case damages one file of a sound set, by a chance of its own that is the same each time, and
+reads everything. It may be refused by a DataError of one line, or give what the sound files give;
+text and logs may also give what the damaged file really says, as another reader finds it.
+"""
+
+import bz2
+import gzip
+import itertools
+import json
+import lzma
+import os
+import resource
+import shutil
+import signal
+import struct
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from tokenizers import Tokenizer
+
+from moebius.data import encode as encode_module
+from moebius.data import prepare as prepare_module
+from moebius.data import shards as shards_module
+from moebius.data.audit import AuditWriter, read_audit
+from moebius.data.build import build_stream, validation_readers
+from moebius.data.config import DataConfig, FilesSource, TokenizerConfig
+from moebius.data.corpus import Corpora, SplitReader, open_corpora
+from moebius.data.prepare import Workshop, prepare
+from moebius.data.quarantine import find_bad_shards
+from moebius.data.stream import TrainStream
+from moebius.errors import DataError, MoebiusError
+from moebius.trainer.cli import main
+from tests.conftest import QUIET, model_tree
+
+VOCAB_SIZE = 300
+LENGTH = 32
+BATCH = 8
+SECONDS = 10
+"""that a case may take"""
+ROOM = 2 << 30
+"""bytes that a case may take"""
+NOBODY = 65534
+MODULES = ("calendar", "configparser", "csv", "difflib")
+PARTS = ("concat", "best_fit", "lengths", "validation")
+"""what is read of a corpus, each by itself: what is not used need not be whole"""
+SHARD = "train-00001"
+CACHE = f"{SHARD}.best_fit-{LENGTH}"
+
+
+class Case(NamedTuple):
+    """One damage to one file."""
+
+    file: str
+    how: str
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}-{self.how}-{self.seed}"
+
+    @property
+    def chance(self) -> Random:
+        """The same each time."""
+        return Random(str(self))
+
+
+# Damages: to bytes, to JSON, to a file as a whole.
+
+
+def flip_one(content: bytearray, chance: Random) -> None:
+    content[chance.randrange(len(content))] ^= chance.randint(1, 255)
+
+
+def flip_some(content: bytearray, chance: Random) -> None:
+    for _ in range(chance.randint(2, 20)):
+        flip_one(content, chance)
+
+
+def truncate(content: bytearray, chance: Random) -> None:
+    del content[chance.randrange(len(content)) :]
+
+
+def extend(content: bytearray, chance: Random) -> None:
+    content += chance.randbytes(chance.randint(1, 200))
+
+
+def swap(content: bytearray, chance: Random) -> None:
+    """Two ranges of one length, one after the other."""
+    size = chance.randint(1, len(content) // 3)
+    first = chance.randrange(len(content) - 2 * size + 1)
+    second = chance.randrange(first + size, len(content) - size + 1)
+    left, right = content[first : first + size], content[second : second + size]
+    content[first : first + size], content[second : second + size] = right, left
+
+
+def zero_page(content: bytearray, chance: Random) -> None:
+    page = 256
+    start = chance.randrange(0, len(content), page)
+    end = min(start + page, len(content))
+    content[start:end] = bytes(end - start)
+
+
+def empty(content: bytearray, chance: Random) -> None:
+    content.clear()
+
+
+BYTES: dict[str, Callable[[bytearray, Random], None]] = {
+    damage.__name__: damage
+    for damage in (flip_one, flip_some, truncate, extend, swap, zero_page, empty)
+}
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def pipe(path: Path) -> None:
+    """Whoever opens it to read waits for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+WHOLE: dict[str, Callable[[Path], None]] = {
+    damage.__name__: damage for damage in (delete, folder, dangling, loop, pipe)
+}
+DEEP = 100_000
+JUNK = {"a": [None, {"b": [1.5, {"c": "\ud800"}]}, True]}
+JSON = (
+    *("digit", "huge", "negative", "float", "nan", "null", "text", "junk", "deep"),
+    *("lines", "traversal", "drop", "rename", "rename_lines", "repeat"),
+)
+
+
+def damaged_json(content: bytes, how: str, chance: Random) -> bytes:
+    """One value or key of a JSON document changed."""
+    tree = json.loads(content)
+    places = [place for place in _places(tree) if _suits(*place, how)]
+    container, key = chance.choice(places)
+    old = container[key]
+    if how == "drop":
+        del container[key]
+    elif how in ("rename", "rename_lines"):
+        container[f"{key}x" if how == "rename" else f"{key}\nTraceback: b"] = container.pop(key)
+    elif how == "repeat":
+        container[key] = "@twice@"
+    else:
+        container[key] = {
+            "digit": lambda: _other_digit(old, chance),
+            "huge": lambda: chance.choice([2**31, 2**32 + 1, 2**63, 2**64 + 7, 10**400]),
+            "negative": lambda: -chance.choice([1, 2, 300, 2**31 + 1]),
+            "float": lambda: chance.choice([0.5, 1e300, -0.0]),
+            "nan": lambda: chance.choice([float("nan"), float("inf")]),
+            "null": lambda: None,
+            "text": lambda: chance.choice(["", "7", "ten", "x" * 10_000]),
+            "junk": lambda: chance.choice([JUNK, [JUNK] * 3, [], {}, True]),
+            "deep": lambda: "@deep@",
+            "lines": lambda: f"{old}\nTraceback: a\r\nb",
+            "traversal": lambda: chance.choice(["../../etc/passwd", "/etc/passwd", "..", "\0"]),
+        }[how]()
+    text = json.dumps(tree)
+    text = text.replace('"@deep@"', "[" * DEEP + "]" * DEEP)
+    if how == "repeat":
+        name = json.dumps(str(key))
+        text = text.replace(
+            f'{name}: "@twice@"', f"{name}: {json.dumps(old)}, {name}: {json.dumps(old)}"
+        )
+    return text.encode()
+
+
+def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Where each value of a document is."""
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, child in children:
+        yield tree, key
+        if isinstance(child, dict | list):
+            yield from _places(child)
+
+
+def _suits(container: Any, key: Any, how: str) -> bool:
+    if how == "digit":
+        value = container[key]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number or (isinstance(value, str) and any(c in "0123456789" for c in value))
+    return isinstance(container, dict) or how not in ("rename", "rename_lines", "repeat")
+
+
+def _other_digit(value: Any, chance: Random) -> Any:
+    text = str(value)
+    place = chance.choice([n for n, c in enumerate(text) if c in "0123456789"])
+    digits = [digit for digit in "123456789" if digit != text[place]]
+    return type(value)(text[:place] + chance.choice(digits) + text[place + 1 :])
+
+
+def damage(path: Path, case: Case, other: Path | None = None) -> None:
+    """Damage a file; `other`, a sound one of its kind, may take its place."""
+    if case.how in WHOLE:
+        WHOLE[case.how](path)
+        return
+    content = bytearray(path.read_bytes())
+    if case.how in BYTES:
+        BYTES[case.how](content, case.chance)
+    elif case.how == "other":
+        assert other is not None
+        content = bytearray(other.read_bytes())
+    else:
+        chance, lines = case.chance, [bytes(content)]
+        if path.suffix == ".jsonl":
+            lines = content.splitlines()
+        number = chance.randrange(len(lines))
+        lines[number] = damaged_json(lines[number], case.how, chance)
+        content = bytearray(b"\n".join(lines))
+    path.unlink()  # it may be a link to the sound file
+    path.write_bytes(content)
+
+
+def case_list(files: tuple[str, ...], hows: tuple[str, ...], seeds: int = 1) -> list[Case]:
+    """Those that have no chance are there once."""
+    return [
+        Case(file, how, seed)
+        for file in files
+        for how in hows
+        for seed in range(1 if how in (*WHOLE, "empty", "other") else seeds)
+    ]
+
+
+# A sound corpus, and what is in it.
+
+
+class Sound(NamedTuple):
+    """A corpus and what is read from it."""
+
+    folder: Path
+    texts: list[str]
+    parts: dict[str, Any]
+
+
+def real_texts() -> list[str]:
+    """Short pieces of modules of the standard library."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    modules = [(stdlib / f"{name}.py").read_text(encoding="utf-8") for name in MODULES]
+    pieces = [piece for text in modules for piece in text.split("\n\n")]
+    return [piece for piece in pieces if 20 < len(piece) < 140][:240]
+
+
+def write_rows(path: Path, texts: list[str]) -> Path:
+    """Texts as a file of the kind that its name says."""
+    rows = [{"text": text, "number": number} for number, text in enumerate(texts)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    joined = "\n".join(texts).encode()
+    match "".join(path.suffixes):
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        case ".json":
+            path.write_text(json.dumps(rows))
+        case ".jsonl":
+            path.write_bytes(lines)
+        case ".jsonl.gz":
+            path.write_bytes(gzip.compress(lines, mtime=0))
+        case ".txt":
+            path.write_bytes(joined)
+        case ".txt.gz":
+            path.write_bytes(gzip.compress(joined, mtime=0))
+        case ".txt.bz2":
+            path.write_bytes(bz2.compress(joined))
+        case ".txt.xz":
+            path.write_bytes(lzma.compress(joined))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[pytest.MonkeyPatch]:
+    """Shards of several pieces from little text; nothing waits for a disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "SHARD_TOKENS", 2000)
+        patch.setattr(shards_module, "PIECE", 1024)
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory, small: pytest.MonkeyPatch) -> Sound:
+    place = tmp_path_factory.mktemp("sound")
+    texts = real_texts()
+    source = FilesSource(paths=(str(write_rows(place / "rows.jsonl", texts)),))
+    config = DataConfig(dir=str(place / "corpus"), source=source, validation_fraction=0.2)
+    made = prepare(config, VOCAB_SIZE, QUIET)
+    assert len(made.first.manifest.splits["train"].shards) > 3
+    parts = {part: read_part(place / "corpus", part) for part in PARTS}  # makes the packings, too
+    return Sound(place / "corpus", texts, parts)
+
+
+@pytest.fixture
+def copy(sound: Sound, tmp_path: Path) -> Path:
+    """Of links: what is damaged is a new file."""
+    return Path(shutil.copytree(sound.folder, tmp_path / "copy", copy_function=os.link))
+
+
+@pytest.fixture(autouse=True)
+def limits() -> Iterator[None]:
+    """A case that hangs, or takes all memory, fails; none takes the tests with it."""
+
+    def late(*_: object) -> None:
+        pytest.fail(f"hangs for {SECONDS} seconds")
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    handler = signal.signal(signal.SIGALRM, late)
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def corpus_config(location: Path, packing: str = "concat") -> DataConfig:
+    return DataConfig(dir=str(location), source=None, sequence_length=LENGTH, packing=packing)
+
+
+def samples(reader: SplitReader) -> list[list[list[int]]]:
+    return [[w.tolist() for w in reader.sample(n)] for n in range(reader.num_samples)]
+
+
+def read_part(location: Path, part: str) -> Any:
+    """A part of a corpus, as a run reads it."""
+    config = corpus_config(location, "best_fit" if part == "best_fit" else "concat")
+    corpora = open_corpora(config)
+    if part == "validation":
+        return samples(validation_readers(config, corpora, {})[""])
+    stream = build_stream(config, corpora, BATCH, 0, {})
+    assert isinstance(stream, TrainStream)
+    (reader,) = stream.readers
+    if part == "lengths":
+        return [shard.lengths().tolist() for shard in reader.shards]
+    return samples(reader)
+
+
+def refusal(work: Callable[[], object]) -> str:
+    """The line with which something is refused; empty where it is not. Other errors are raised."""
+    try:
+        work()
+    except DataError as error:
+        return one_line(error)
+    return ""
+
+
+def one_line(error: MoebiusError) -> str:
+    message = str(error)
+    assert message.strip()
+    assert not set("\n\r") & set(message), message
+    return message
+
+
+# Files of a corpus.
+
+FILES = tuple(f"{SHARD}.{kind}" for kind in ("bin", "idx", "sums"))
+CORPUS_CASES = [
+    *case_list((*FILES, CACHE), (*BYTES, *WHOLE, "other"), seeds=4),
+    *case_list(("validation-00000.bin",), (*BYTES, *WHOLE, "other")),
+    *case_list(("manifest.json",), (*BYTES, *WHOLE, "other"), seeds=4),
+    *case_list(("manifest.json",), JSON, seeds=8),
+    *case_list(("tokenizer.json",), (*BYTES, *WHOLE, "other", "digit", "drop")),
+]
+
+
+@pytest.fixture(scope="module")
+def others(sound: Sound, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of another corpus, which is sound as well."""
+    place = tmp_path_factory.mktemp("others")
+    texts = [text.upper() for text in sound.texts]
+    source = FilesSource(paths=(str(write_rows(place / "rows.jsonl", texts)),))
+    config = DataConfig(dir=str(place / "corpus"), source=source, validation_fraction=0.2)
+    prepare(config, VOCAB_SIZE, QUIET)
+    return place / "corpus"
+
+
+def replacement(case: Case, sound: Sound, others: Path) -> Path:
+    """Another shard's file, or the file of another corpus."""
+    name = case.file.replace(SHARD, "train-00000").replace("validation-00000", "train-00000")
+    return sound.folder / name if name != case.file else others / name
+
+
+def check_corpus(location: Path, sound: Sound, *names: str) -> list[str]:
+    """Each part is as it was, or is refused by a line that has one of the names."""
+    refusals = []
+    for part in PARTS:
+        found: list[Any] = []
+        message = refusal(lambda part=part, found=found: found.append(read_part(location, part)))
+        if message:
+            assert any(name in message for name in names), message
+            refusals.append(message)
+        else:
+            assert found[0] == sound.parts[part], part
+    return refusals
+
+
+@pytest.mark.parametrize("case", CORPUS_CASES, ids=str)
+def test_a_corpus_with_a_damaged_file_is_refused_or_as_it_was(
+    case: Case, sound: Sound, others: Path, copy: Path
+) -> None:
+    damage(copy / case.file, case, replacement(case, sound, others))
+    # A number of the manifest is found to be wrong where a shard does not have it.
+    names = [str(copy)] if case.file == "manifest.json" else [str(copy / case.file)]
+    refusals = check_corpus(copy, sound, *names)
+    if case.file == CACHE:
+        assert not refusals  # it is made anew
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CORPUS_CASES if case.file in FILES], ids=lambda case: f"q-{case}"
+)
+def test_quarantine_finds_a_damaged_shard_and_reads_only_what_was_prepared(
+    case: Case, sound: Sound, others: Path, copy: Path
+) -> None:
+    before = (copy / case.file).read_bytes()
+    damage(copy / case.file, case, replacement(case, sound, others))
+    path = copy / case.file
+    same = path.is_file() and path.read_bytes() == before
+    config = corpus_config(copy)
+    corpora, reports = open_corpora(config), []
+    bad = find_bad_shards(corpora, reports.append)
+    assert bad == ({} if same else {"": [SHARD]})
+    assert all(case.file in line and "\n" not in line for line in reports)
+    for packing in ("concat", "best_fit"):
+        reader = SplitReader(corpora.first, "train", LENGTH, packing, bad.get("", ()))
+        found = samples(reader)
+        assert len(found) == len(sound.parts[packing])
+        assert all(sample in sound.parts[packing] for sample in found)
+
+
+Tree = dict[str, Any]
+
+
+def entries(tree: Tree, split: str = "train") -> list[Tree]:
+    found: list[Tree] = tree["splits"][split]["shards"]
+    return found
+
+
+def edit(path: Path, change: Callable[[Tree], object]) -> None:
+    """Change the manifest of a copy."""
+    tree = json.loads(path.read_text())
+    change(tree)
+    path.unlink()
+    path.write_text(json.dumps(tree))
+
+
+def _move_entry(tree: Tree) -> None:
+    entries(tree).append(entries(tree, "validation").pop())
+
+
+def _swap_splits(tree: Tree) -> None:
+    splits = tree["splits"]
+    splits["train"], splits["validation"] = splits["validation"], splits["train"]
+
+
+def _named(name: str) -> Callable[[Tree], None]:
+    return lambda tree: entries(tree)[1].update(name=name)
+
+
+MANIFEST_EDITS: dict[str, Callable[[Tree], object]] = {
+    "another_end_of_document": lambda tree: tree["tokenizer"].update(eod_id=7),
+    "an_end_of_document_beyond_the_vocabulary": lambda t: t["tokenizer"].update(eod_id=VOCAB_SIZE),
+    "an_end_of_document_beyond_64_bits": lambda tree: tree["tokenizer"].update(eod_id=2**63),
+    "a_smaller_vocabulary": lambda tree: tree["tokenizer"].update(vocab_size=40),
+    "a_larger_vocabulary": lambda tree: tree["tokenizer"].update(vocab_size=2**16),
+    "another_type": lambda tree: tree.update(dtype="int32"),
+    "a_vocabulary_of_another_type": lambda tree: (
+        tree.update(dtype="int32"),
+        tree["tokenizer"].update(vocab_size=2**17),
+    ),
+    "shards_swapped": lambda tree: entries(tree).insert(0, entries(tree).pop()),
+    "a_shard_twice": lambda tree: entries(tree).append(entries(tree)[0]),
+    "a_shard_twice_in_a_row": lambda tree: entries(tree).insert(0, entries(tree)[0]),
+    "the_last_shard_left_out": lambda tree: entries(tree).pop(),
+    "the_first_shard_left_out": lambda tree: entries(tree).pop(0),
+    "no_shards": lambda tree: entries(tree).clear(),
+    "a_held_out_shard_in_training": _move_entry,
+    "splits_swapped": _swap_splits,
+    "no_training": lambda tree: tree["splits"].pop("train"),
+    "no_validation": lambda tree: tree["splits"].pop("validation"),
+    "a_third_split": lambda tree: tree["splits"].update(test=tree["splits"]["train"]),
+    "a_split_of_two_lines": lambda tree: tree["splits"].update({"a\nb": {}}),
+    "a_key_of_two_lines": lambda tree: tree.update({"a\nb": 1}),
+    "names_swapped": lambda tree: (
+        entries(tree)[0].update(name="train-00001"),
+        entries(tree)[1].update(name="train-00000"),
+    ),
+    "a_name_of_two_lines": _named("train-00001\n"),
+    "a_name_of_a_folder_above": _named("../copy/train-00001"),
+    "a_name_with_a_root": _named("/etc/passwd"),
+    "a_name_of_a_folder_below": _named("a/../train-00001"),
+    "a_name_of_dots": _named(".."),
+    "a_name_without_letters": _named(""),
+    "a_name_longer_than_files_have": _named("a" * 300),
+    "a_name_longer_than_paths_have": _named("a" * 10_000),
+    "a_name_with_a_null": _named("train\0"),
+    "a_name_with_umlauts": _named("train-ä"),
+    "fewer_tokens_in_one_shard": lambda t: entries(t)[0].update(tokens=entries(t)[0]["tokens"] - 1),
+    "tokens_beyond_64_bits": lambda tree: entries(tree)[0].update(tokens=2**70),
+    "documents_beyond_64_bits": lambda tree: entries(tree)[0].update(documents=2**70),
+    "bytes_beyond_floats": lambda tree: tree["splits"]["train"].update(bytes=10**400),
+    "another_format": lambda tree: tree.update(format=3),
+    "an_older_format": lambda tree: tree.update(format=1),
+    "a_list": lambda tree: tree.update(splits=[]),
+}
+
+
+@pytest.mark.parametrize("name", MANIFEST_EDITS)
+def test_a_corpus_with_another_manifest_is_refused_or_as_it_was(
+    name: str, sound: Sound, copy: Path
+) -> None:
+    edit(copy / "manifest.json", MANIFEST_EDITS[name])
+    check_corpus(copy, sound, str(copy))
+
+
+PACK_HEADER = struct.Struct("<16s32sQQ")
+PACK_EDITS: dict[str, Callable[[int, int], tuple[int, int]]] = {
+    "more_samples_of_as_many_bytes": lambda samples, pieces: (samples + 3, pieces - 2),
+    "fewer_samples_of_as_many_bytes": lambda samples, pieces: (samples - 3, pieces + 2),
+    "far_fewer_samples_of_as_many_bytes": lambda s, p: (s % 3, p + (s - s % 3) // 3 * 2),
+    "no_samples": lambda samples, pieces: (0, 0),
+    "samples_beyond_memory": lambda samples, pieces: (2**60, pieces),
+    "numbers_that_overflow": lambda samples, pieces: (2**64 - 1, 2**64 - 1),
+}
+
+
+@pytest.mark.parametrize("name", PACK_EDITS)
+def test_a_packing_of_another_size_is_made_anew(name: str, sound: Sound, copy: Path) -> None:
+    content = (copy / CACHE).read_bytes()
+    magic, digest, *counts = PACK_HEADER.unpack_from(content)
+    changed = PACK_EDITS[name](*counts)
+    (copy / CACHE).unlink()
+    head = PACK_HEADER.pack(magic, digest, *changed)
+    (copy / CACHE).write_bytes(head + content[PACK_HEADER.size :])
+    assert not check_corpus(copy, sound)
+
+
+# Text that a corpus is made from.
+
+SOURCES = tuple(
+    f"rows.{kind}"
+    for kind in ("jsonl", "json", "parquet", "txt", "txt.gz", "jsonl.gz", "txt.bz2", "txt.xz")
+)
+SOURCE_CASES = [
+    *case_list(("rows.jsonl", "rows.parquet"), (*BYTES, "other"), seeds=5),
+    *case_list(("rows.txt.gz",), (*BYTES, "other"), seeds=4),
+    *case_list(("rows.json", "rows.jsonl.gz", "rows.txt.bz2", "rows.txt.xz"), tuple(BYTES)),
+    *case_list(("rows.txt",), ("flip_one", "flip_some"), seeds=3),
+    *case_list(("rows.jsonl", "rows.parquet", "rows.txt.gz"), tuple(WHOLE)),
+    *case_list(("rows.jsonl",), JSON, seeds=2),
+]
+
+
+def as_another_reader_finds(path: Path) -> list[str]:
+    """The texts that a file really has; raises some error where it cannot be read."""
+    content = path.read_bytes()
+    kinds = path.suffixes
+    if kinds[-1] in (".gz", ".bz2", ".xz"):
+        readers = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+        content = readers[kinds[-1]](content)
+    if kinds[0] == ".txt":
+        return [content.decode()]
+    if kinds[0] == ".parquet":
+        rows = pq.read_table(pa.BufferReader(content)).to_pylist()
+    elif kinds[0] == ".json" and content:
+        rows = json.loads(content)
+    else:
+        rows = [json.loads(line) for line in content.split(b"\n") if line.strip()]
+    texts = [row["text"] for row in rows]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("no text")
+    return texts
+
+
+def documents_of(location: Path) -> list[list[int]]:
+    """All documents of a corpus, read without the package; each has its end."""
+    manifest = json.loads((location / "manifest.json").read_text())
+    found = []
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            tokens = np.fromfile(location / f"{shard['name']}.bin", "<u2")
+            ends = np.flatnonzero(tokens == manifest["tokenizer"]["eod_id"])
+            assert ends[-1] == len(tokens) - 1
+            found += [piece[:-1].tolist() for piece in np.split(tokens, ends + 1)[:-1]]
+    return found
+
+
+def texts_of(location: Path) -> list[str]:
+    tokenizer = Tokenizer.from_file(str(location / "tokenizer.json"))
+    return [tokenizer.decode(ids, skip_special_tokens=False) for ids in documents_of(location)]
+
+
+def source_config(place: Path, tokenizer: Path, *paths: Path) -> DataConfig:
+    return DataConfig(
+        dir=str(place / "out"),
+        source=FilesSource(paths=tuple(map(str, paths))),
+        tokenizer=TokenizerConfig(path=str(tokenizer)),
+        sequence_length=LENGTH,
+        validation_fraction=0.4,
+    )
+
+
+@pytest.fixture(scope="module")
+def sources(sound: Sound, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sound files of each kind, and a second set of them."""
+    place = tmp_path_factory.mktemp("sources")
+    for name in SOURCES:
+        for folder, texts in (("a", sound.texts[:40]), ("b", sound.texts[100:130])):
+            (place / folder).mkdir(exist_ok=True)
+            write_rows(place / folder / name, texts)
+    return place
+
+
+def check_source(place: Path, path: Path, sound: Sound) -> str:
+    """A corpus of a damaged file and a sound one has the texts of both, or is refused."""
+    rows = sound.texts[200:220]
+    good = write_rows(place / "good.jsonl", rows)
+    config = source_config(place, sound.folder / "tokenizer.json", good, path)
+    message = refusal(lambda: prepare(config, VOCAB_SIZE, QUIET))
+    if message:
+        assert path.name in message, message
+        assert not (place / "out" / "manifest.json").exists()
+        return message
+    wanted = [*rows, *as_another_reader_finds(path)]
+    assert sorted(texts_of(place / "out")) == sorted(text for text in wanted if text)
+    return ""
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_sound_source_is_not_refused(
+    name: str, sources: Path, sound: Sound, tmp_path: Path
+) -> None:
+    """Else all that follows would prove nothing."""
+    assert check_source(tmp_path, sources / "a" / name, sound) == ""
+
+
+@pytest.mark.parametrize("case", SOURCE_CASES, ids=str)
+def test_a_damaged_source_is_refused_or_read_as_it_is(
+    case: Case, sources: Path, sound: Sound, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(sources / "a" / case.file, tmp_path))
+    damage(path, case, sources / "b" / case.file)
+    check_source(tmp_path, path, sound)
