@@ -1,12 +1,14 @@
 """moebius inspect: what a prepared corpus holds: documents, lengths, samples as text."""
 
 import argparse
+from collections.abc import Callable
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from moebius.data.corpus import Corpus, SplitReader
+from moebius.data.manifest import TOKENIZER_NAME, Split
 from moebius.data.shards import Shard
 from moebius.data.tokenizer import load_tokenizer
 from moebius.errors import ConfigError, DataError
@@ -63,22 +65,27 @@ def verify(corpus: Corpus) -> None:
 def splits_table(corpus: Corpus) -> Table:
     """Size of each split, and quantiles of the lengths of its documents in tokens."""
     manifest = corpus.manifest
-    table = Table(title=f"{corpus.storage.location}, {manifest.tokenizer.vocab_size:,} token ids")
-    for column in ("split", "documents", "tokens", "bytes/token", "shards"):
-        table.add_column(column, justify="right")
-    for quantile in QUANTILES:
-        table.add_column({0: "shortest", 100: "longest"}.get(quantile, f"{quantile} %"))
-    for name, split in manifest.splits.items():
-        shards = [Shard(corpus.storage, e, manifest.tokenizer.vocab_size) for e in split.shards]
-        lengths = np.concatenate([shard.lengths() for shard in shards])
-        table.add_row(
-            name,
-            f"{split.documents:,}",
-            f"{split.tokens:,}",
-            f"{split.bytes / max(split.tokens - split.documents, 1):.2f}",
-            str(len(split.shards)),
-            *(f"{q:,.0f}" for q in np.percentile(lengths, QUANTILES)),
+    vocab_size = manifest.tokenizer.vocab_size
+    table = Table("", *manifest.splits, title=corpus.storage.location)
+    lengths = [
+        np.concatenate(
+            [Shard(corpus.storage, entry, vocab_size).lengths() for entry in split.shards]
         )
+        for split in manifest.splits.values()
+    ]
+    rows: dict[str, Callable[[Split], str]] = {
+        "documents": lambda split: f"{split.documents:,}",
+        "tokens": lambda split: f"{split.tokens:,}",
+        "bytes of text": lambda split: f"{split.bytes:,}",
+        "bytes per token": lambda split: f"{split.bytes / split.tokens:.2f}",
+        "shards": lambda split: str(len(split.shards)),
+    }
+    for name, value in rows.items():
+        table.add_row(name, *(value(split) for split in manifest.splits.values()))
+    for quantile in QUANTILES:
+        name = {0: "shortest", 100: "longest"}.get(quantile, f"{quantile} % are within")
+        table.add_row(name, *(f"{np.percentile(split, quantile):,.0f}" for split in lengths))
+    table.caption = f"{vocab_size:,} token ids; lengths in tokens, end-of-document token included"
     return table
 
 
@@ -86,7 +93,7 @@ def _samples(corpus: Corpus, arguments: argparse.Namespace, console: Console) ->
     if not arguments.samples:
         return
     reader = SplitReader(corpus, arguments.split, arguments.sequence_length, arguments.packing)
-    tokenizer = load_tokenizer(corpus.storage.folder / "tokenizer.json")
+    tokenizer = load_tokenizer(corpus.storage.folder / TOKENIZER_NAME)
     last = min(arguments.first + arguments.samples, reader.num_samples)
     console.print(f"{reader.num_samples:,} samples of {arguments.sequence_length} tokens")
     for number in range(arguments.first, last):
