@@ -116,6 +116,14 @@ class Fault(NamedTuple):
     reason: str
 
 
+class _Open(NamedTuple):
+    """A mapped file, the sums of its pieces, and which of them have been checked."""
+
+    tokens: NDArray[np.generic]
+    sums: bytes
+    checked: NDArray[np.bool_]
+
+
 class Shard:
     """The tokens of a shard, checked when they are first touched. Files are opened at need.
 
@@ -127,9 +135,7 @@ class Shard:
         self.entry = entry
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
-        self._tokens: NDArray[np.generic] | None = None
-        self._sums = b""
-        self._checked: NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
+        self._open: _Open | None = None
 
     def __len__(self) -> int:
         return self.entry.tokens
@@ -141,12 +147,12 @@ class Shard:
 
     def tokens(self, start: int, end: int) -> NDArray[np.int64]:
         """Tokens `start:end`. Raises DataError where they are not those that were prepared."""
-        mapped = self._opened()
+        opened = self._opened()
         size = self.dtype.itemsize
         pieces = slice(start * size // PIECE, (end * size - 1) // PIECE + 1)
-        if not self._checked[pieces].all():
-            self._check(mapped, pieces)
-        found = mapped[start:end].astype(np.int64)
+        if not opened.checked[pieces].all():
+            self._check(opened, pieces)
+        found = opened.tokens[start:end].astype(np.int64)
         if found.size and (found.max() >= self.vocab_size or found.min() < 0):
             bad = int(np.argmax((found >= self.vocab_size) | (found < 0)))
             raise DataError(
@@ -166,12 +172,12 @@ class Shard:
     @property
     def is_open(self) -> bool:
         """Whether its file is mapped."""
-        return self._tokens is not None
+        return self._open is not None
 
     def close_if_gone(self) -> None:
         """Let go of a file that is no longer there; it is fetched again at need."""
-        if self._tokens is not None and not self._path("bin").exists():
-            self._tokens = None
+        if self._open is not None and not self._path("bin").exists():
+            self._open = None
 
     def check_present(self) -> None:
         """Raise DataError where a local file is missing or has another length than it should."""
@@ -197,59 +203,59 @@ class Shard:
         index_size = HEADER.size + 20 * self.entry.documents + 8
         num_pieces = -(-self.num_bytes // PIECE)
         sizes = {"bin": self.num_bytes, "idx": index_size, "sums": DIGEST * num_pieces}
-        for kind, expected in sizes.items():
-            path = self._path(kind)
-            if not path.is_file():
-                return Fault(f"{self.entry.name}.{kind}", "is missing")
-            size = path.stat().st_size
-            if size != expected:
-                return Fault(
-                    f"{self.entry.name}.{kind}",
-                    f"has {size} bytes, its manifest says {expected}: truncated or overwritten",
-                )
-        return None
+        faults = (self._wrong_size(kind, size) for kind, size in sizes.items())
+        return next((fault for fault in faults if fault is not None), None)
 
-    def _opened(self) -> NDArray[np.generic]:
-        mapped = self._tokens
-        if mapped is None:
-            path = self.storage.fetch(f"{self.entry.name}.bin")
-            sums_path = self.storage.fetch(f"{self.entry.name}.sums")
-            fault = self._missing_of(path)
-            if fault is not None:
-                raise self._error(fault)
-            sums = sums_path.read_bytes() if sums_path.is_file() else b""
-            if hashlib.sha256(sums).hexdigest() != self.entry.sums_sha256:
-                raise self._error(Fault(f"{self.entry.name}.sums", "is missing or damaged"))
-            mapped = np.memmap(path, dtype=self.dtype, mode="r")
-            if (
-                len(self._checked) == 0 or self.storage.is_remote
-            ):  # which may have been fetched anew
-                self._checked = np.zeros(len(sums) // DIGEST, dtype=np.bool_)
-            self._sums, self._tokens = sums, mapped
-        return mapped
-
-    def _missing_of(self, path: Path) -> Fault | None:
+    def _wrong_size(self, kind: str, expected: int) -> Fault | None:
+        path = self._path(kind)
         if not path.is_file():
             return Fault(path.name, "is missing")
         size = path.stat().st_size
-        if size == self.num_bytes:
+        if size == expected:
             return None
-        expected = f"its manifest says {self.num_bytes}"
-        return Fault(path.name, f"has {size} bytes, {expected}: truncated or overwritten")
+        return Fault(
+            path.name, f"has {size} bytes, its manifest says {expected}: truncated or overwritten"
+        )
 
-    def _check(self, mapped: NDArray[np.generic], pieces: slice) -> None:
-        content = mapped.view(np.uint8)
+    def _opened(self) -> _Open:
+        opened = self._open
+        if opened is None:
+            try:
+                opened = self._map(fresh=False)
+            except (DataError, FileNotFoundError):
+                if not self.storage.is_remote:
+                    raise
+                # The copy is damaged or an old one, or has just left the cache.
+                opened = self._map(fresh=True)
+            self._open = opened
+        return opened
+
+    def _map(self, fresh: bool) -> _Open:
+        name = self.entry.name
+        sums_path = self.storage.fetch(f"{name}.sums", fresh=fresh)
+        sums = sums_path.read_bytes() if sums_path.is_file() else b""
+        if hashlib.sha256(sums).hexdigest() != self.entry.sums_sha256:
+            raise self._error(Fault(f"{name}.sums", "is missing or damaged"))
+        path = self.storage.fetch(f"{name}.bin", fresh=fresh)
+        fault = self._wrong_size("bin", self.num_bytes)
+        if fault is not None:
+            raise self._error(fault)
+        checked = np.zeros(len(sums) // DIGEST, dtype=np.bool_)
+        return _Open(np.memmap(path, dtype=self.dtype, mode="r"), sums, checked)
+
+    def _check(self, opened: _Open, pieces: slice) -> None:
+        content = opened.tokens.view(np.uint8)
         for piece in range(pieces.start, pieces.stop):
-            if self._checked[piece]:
+            if opened.checked[piece]:
                 continue
             part = content[piece * PIECE : (piece + 1) * PIECE]
             found = hashlib.sha256(part.data).digest()
-            if found != self._sums[piece * DIGEST : (piece + 1) * DIGEST]:
+            if found != opened.sums[piece * DIGEST : (piece + 1) * DIGEST]:
                 where = f"bytes {piece * PIECE} to {min((piece + 1) * PIECE, self.num_bytes) - 1}"
                 raise self._error(
                     Fault(f"{self.entry.name}.bin", f"is damaged: {where} are not those prepared")
                 )
-            self._checked[piece] = True
+            opened.checked[piece] = True
 
     def _path(self, kind: str) -> Path:
         return self.storage.folder / f"{self.entry.name}.{kind}"

@@ -126,7 +126,9 @@ def _parts(source: TextSource) -> list[Rows]:
         return list(_stdlib(Path(sysconfig.get_paths()["stdlib"])))
     if isinstance(source, FilesSource):
         return [_file(path, name) for path, name in matching(source.paths)]
-    return [Rows(source.name, f"'{source.name}'", partial(_hub, source), None)]
+    # A folder has its own name wherever it lies.
+    name = Path(source.name).resolve().name if os.path.isdir(source.name) else source.name
+    return [Rows(name, f"'{source.name}'", partial(_hub, source), None)]
 
 
 def _stdlib(root: Path) -> Iterator[Rows]:

@@ -145,7 +145,7 @@ def test_random_text_of_all_planes_has_the_same_ids(tokenizer: Tokenizer) -> Non
     texts = [
         "".join(map(chr, rng.choices(plane, k=rng.randrange(40))))
         for plane in planes
-        for _ in range(400)
+        for _ in range(250)
     ]
     check_fast(tokenizer, texts)
 
@@ -209,12 +209,12 @@ def test_random_merges_give_the_same_ids(ignore_merges: bool) -> None:
     texts = ["".join(text) for k in range(1, 7) for text in itertools.product("ab", repeat=k)]
     texts += ["".join(rng.choices("ab", k=rng.randrange(250))) for _ in range(50)]
     num_fast = 0
-    for _ in range(40):
+    for _ in range(25):
         tokenizer = hand_made(*random_merges(rng), ignore_merges)
         encoder = build_encoder(tokenizer)
         assert encoded(encoder, texts) == expected(tokenizer, texts)
         num_fast += encoder.fast is not None
-    assert 5 < num_fast < 35 if ignore_merges else num_fast == 40
+    assert 5 < num_fast < 20 if ignore_merges else num_fast == 25
 
 
 def test_merges_that_tiktoken_would_invent_are_not_made() -> None:
@@ -261,51 +261,62 @@ def drop_a_byte(spec: dict) -> None:
     del spec["model"]["vocab"][BYTES[-1]]
 
 
+def give_two_tokens_one_id(spec: dict) -> None:
+    """Two bytes that UTF-8 does not have."""
+    spec["model"]["vocab"]["ÿ"] = spec["model"]["vocab"]["þ"]
+
+
 def swap_two_merges(spec: dict) -> None:
     merges = spec["model"]["merges"]
     merges[0], merges[1] = merges[1], merges[0]
 
 
+def sequence(*steps: dict) -> dict:
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": list(steps)}}
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPLIT = {
+    "type": "Split",
+    "pattern": {"Regex": LLAMA3_PATTERN},
+    "behavior": "Isolated",
+    "invert": False,
+}
+TRUNCATION = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": {"Fixed": 99},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": EOD,
+}
 FALLBACKS: dict[str, Callable[[dict], None]] = {
     "normalizer": lambda spec: spec.update(normalizer={"type": "NFC"}),
-    "truncation": lambda spec: spec.update(
-        truncation={
-            "direction": "Right",
-            "max_length": 8,
-            "strategy": "LongestFirst",
-            "stride": 0,
-        }
-    ),
+    "truncation": lambda spec: spec.update(truncation=TRUNCATION),
+    "padding": lambda spec: spec.update(padding=PADDING),
     "added": lambda spec: spec["added_tokens"][0].update(special=False),
     "prefix space": lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
     "no regex": lambda spec: spec["pre_tokenizer"].update(use_regex=False),
     "no pieces": lambda spec: spec.update(pre_tokenizer=None),
-    "digits": lambda spec: spec.update(
-        pre_tokenizer={
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Digits", "individual_digits": True},
-                spec["pre_tokenizer"],
-            ],
-        }
+    "two regexes": lambda spec: spec.update(sequence(SPLIT, LEVEL)),
+    "digits": lambda spec: spec.update(sequence(DIGITS, LEVEL)),
+    "another pattern": lambda spec: spec.update(
+        sequence(SPLIT | {"pattern": {"Regex": r"\p{Lu}|\s+"}}, LEVEL | {"use_regex": False})
     ),
-    "pattern": lambda spec: spec.update(
-        pre_tokenizer={
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": r"\p{Lu}|\s+"},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {**spec["pre_tokenizer"], "use_regex": False},
-            ],
-        }
+    "a string": lambda spec: spec.update(
+        sequence(SPLIT | {"pattern": {"String": "e"}}, LEVEL | {"use_regex": False})
+    ),
+    "removed": lambda spec: spec.update(
+        sequence(SPLIT | {"behavior": "Removed", "invert": True}, LEVEL | {"use_regex": False})
     ),
     "unknown": lambda spec: spec["model"].update(unk_token=EOD),
+    "byte fallback": lambda spec: spec["model"].update(byte_fallback=True),
+    "prefix": lambda spec: spec["model"].update(merges=[], continuing_subword_prefix="##"),
     "suffix": lambda spec: spec["model"].update(end_of_word_suffix="</w>"),
     "byte": drop_a_byte,
+    "same id": give_two_tokens_one_id,
     "order": swap_two_merges,
 }
 
@@ -313,7 +324,9 @@ FALLBACKS: dict[str, Callable[[dict], None]] = {
 @pytest.mark.parametrize("case", FALLBACKS)
 def test_what_tiktoken_cannot_do_is_done_by_tokenizers(small: Tokenizer, case: str) -> None:
     tokenizer = with_spec(small, FALLBACKS[case])
-    check_slow(tokenizer, [*TRICKY, f"a{EOD}b", "x = 123 + é", "e\u0301 \u212b", *sources("a*.py")])
+    check_slow(
+        tokenizer, [*TRICKY, f"a{EOD}b", "x = 123 + é", "e\u0301 \u212b", *sources("csv.py")]
+    )
 
 
 def test_dropout_is_left_to_tokenizers(small: Tokenizer) -> None:

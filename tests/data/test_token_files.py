@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moebius.data.token_files import CHUNK, TokenDocument, _documents, token_documents
+from moebius.data.token_files import CHUNK, TokenDocument, _adjacent, _documents, token_documents
 from moebius.errors import DataError
 
 EOD = 7
@@ -37,11 +37,11 @@ def megatron_index(code: int, lengths: list[int], pointers: list[int], borders: 
     return head + pack("i", lengths) + pack("q", pointers) + pack("q", borders)
 
 
-def megatron(code: int) -> Writer:
-    """One sequence a document, one after the other."""
+def megatron(code: int, unused: int = 0) -> Writer:
+    """One sequence a document, one after the other, behind some tokens of none."""
 
     def write(stem: Path, documents: Documents) -> Path:
-        data, lengths, pointers = b"", [], []
+        data, lengths, pointers = pack(LETTERS[code], [VOCAB + 1] * unused), [], []
         for ids in documents:
             lengths.append(len(ids))
             pointers.append(len(data))
@@ -118,6 +118,7 @@ def headerless(letter: str) -> Writer:
 
 INDEXED = {
     **{f"megatron {code}": megatron(code) for code in LETTERS},
+    "megatron unused": megatron(4, unused=3),
     "megatron sequences": megatron_sequences(scattered=False),
     "megatron scattered": megatron_sequences(scattered=True),
     "datatrove 2": datatrove("H", "org/tokenizer|2"),
@@ -230,6 +231,12 @@ def test_files_without_documents_give_none(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", INDEXED)
+def test_a_document_without_tokens_may_follow_each_of_many(tmp_path: Path, kind: str) -> None:
+    path = WRITERS[kind](tmp_path / "x", [[1, EOD], []] * 500)
+    assert plain(read(path)) == [(f"{path.name}:{number}", [1]) for number in range(0, 1000, 2)]
+
+
+@pytest.mark.parametrize("kind", INDEXED)
 def test_documents_without_tokens_have_a_number(tmp_path: Path, kind: str) -> None:
     path = WRITERS[kind](tmp_path / "x", [[], [], [1], [EOD], [2, EOD], [], [3], []])
     numbers = ((2, [1]), (4, [2]), (6, [3]))
@@ -331,6 +338,8 @@ def test_an_id_of_another_vocabulary_is_refused(tmp_path: Path, kind: str) -> No
         assert f"'{path}' document {number} has id 120 at position 2" in str(caught.value)
         assert "0 to 119" in str(caught.value)
     assert plain(read(path, dtype=dtype_of(kind), start=number + 1))[-1][1] == [5]
+    path = WRITERS[kind](tmp_path / "y", [[1, EOD], [EOD], [VOCAB]])
+    assert f"'{path}' document 2 has id 120 at position 0" in refusal(path, dtype=dtype_of(kind))
 
 
 @pytest.mark.parametrize(
@@ -341,6 +350,13 @@ def test_a_negative_id_is_refused(tmp_path: Path, kind: str, token: int) -> None
     path = WRITERS[kind](tmp_path / "x", [[1, EOD], [2, token, EOD]])
     message = refusal(path, dtype=dtype_of(kind))
     assert f"document 1 has id {token} at position 1" in message
+
+
+def test_sequences_of_gigabytes_are_adjacent() -> None:
+    """Their bytes are more than their lengths' own type can count."""
+    lengths, pointers = np.array([2**30, 5], "<i4"), np.array([0, 2**32], "<i8")
+    assert _adjacent(lengths, pointers, 4, CHUNK)
+    assert not _adjacent(lengths, pointers * 2, 4, CHUNK)
 
 
 def test_an_id_beyond_32_bits_is_refused(tmp_path: Path) -> None:
