@@ -106,9 +106,10 @@ class RunConfig(ConfigNode):
 def identity(config: RunConfig) -> dict[str, Any]:
     """Dotted path -> value of every setting that must stay the same when a run is continued.
 
-    Left out is what reports or places the run. The corpus is compared by its content instead.
+    Left out is what reports or places the run, and the batch size, which may be changed on the way:
+    samples go on where they were. The corpus is compared by its content instead.
     """
-    train = {"device", "recompute"}
+    train = {"device", "recompute", "batch_size"}
     if not depends_on_micro_batch(config.model):
         train.add("micro_batch_size")
     excluded: dict[str, Any] = {

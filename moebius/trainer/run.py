@@ -128,8 +128,9 @@ class Run:
         )
         self.store.save(record, tensors)
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint; a folder without one starts from the beginning."""
+    def resume(self) -> RunConfig | None:
+        """Go on from the newest checkpoint, whose config is given; a folder without one starts from
+        the beginning."""
         folder = self.store.find()
         newest = -1 if folder is None else step_of(folder)
         lowest, highest = -agree(-newest), agree(newest)
@@ -140,7 +141,7 @@ class Run:
                 "run_dir has to be one folder for all nodes",
             )
         if folder is None:
-            return
+            return None
         record, tensors = self.store.load(folder)
         try:
             found = RunConfig.model_validate(record.config)
@@ -172,6 +173,7 @@ class Run:
         self.stream.load(record.position, record.stream)
         for callback in self.callbacks:
             callback.load_state_dict(record.callbacks.get(callback.name, {}))
+        return found
 
 
 def load_teacher(config: RunConfig, corpora: Corpora) -> tuple[TeacherModel | None, str | None]:

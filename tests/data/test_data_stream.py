@@ -1,5 +1,6 @@
 """Which sample comes when depends on the seed and the position alone."""
 
+import hashlib
 import itertools
 import random
 from collections import Counter
@@ -8,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from moebius.data.batch import Batch
 from moebius.data.config import DataConfig
-from moebius.data.manifest import Manifest, Split, TokenizerEntry
+from moebius.data.corpus import Corpora, Corpus, SplitReader
+from moebius.data.manifest import Manifest, ShardEntry, Split, TokenizerEntry
 from moebius.data.shards import ShardWriter
-from moebius.data.stream import SplitReader, TrainStream, permuted, validation_batches
+from moebius.data.storage import CacheConfig, open_storage
+from moebius.data.stream import TrainStream, validation_batches
 from moebius.errors import DataError
 
 EOD = 0
@@ -21,24 +25,30 @@ LENGTH = 32
 
 
 @pytest.fixture(scope="module")
-def reader(data_config: DataConfig, manifest: Manifest) -> SplitReader:
+def reader(corpora: Corpora) -> SplitReader:
     """The validation split of the prepared corpus: real text, some hundred windows."""
-    return SplitReader(Path(data_config.dir), manifest, "validation", LENGTH)
+    return SplitReader(corpora.first, "validation", LENGTH)
 
 
-def write_split(folder: Path, sizes: list[int], vocab_size: int = 300) -> Manifest:
+def write_split(folder: Path, sizes: list[int], vocab_size: int = 300) -> Corpus:
     """A corpus of numbered tokens: shards of such sizes, one document each."""
     shards, tokens = [], itertools.cycle(range(1, 251))
     for number, size in enumerate(sizes):
         writer = ShardWriter(folder / f"train-{number:05}", vocab_size)
-        writer.write([next(tokens) for _ in range(size - 1)] + [EOD])
+        writer.write(np.array([next(tokens) for _ in range(size - 1)] + [EOD]))
         shards.append(writer.close())
-    split = Split.model_validate({"bytes": 3 * sum(sizes), "shards": shards})
-    return Manifest(
+    return corpus_of(folder, shards, vocab_size)
+
+
+def corpus_of(folder: Path, shards: list[ShardEntry], vocab_size: int) -> Corpus:
+    split = Split(bytes=3 * sum(shard.tokens for shard in shards), shards=shards)
+    manifest = Manifest(
         recipe={},
-        tokenizer=TokenizerEntry(sha256="", vocab_size=vocab_size, eod_id=EOD),
+        tokenizer=TokenizerEntry(sha256="0" * 64, vocab_size=vocab_size, eod_id=EOD),
+        dtype="uint16" if vocab_size <= 2**16 else "int32",
         splits={"train": split, "validation": split},
     )
+    return Corpus(open_storage(str(folder), CacheConfig()), manifest)
 
 
 def plant(folder: Path, shard: int, position: int, token: int, dtype: str) -> None:
@@ -47,6 +57,39 @@ def plant(folder: Path, shard: int, position: int, token: int, dtype: str) -> No
     tokens = np.fromfile(path, dtype)
     tokens[position] = token
     tokens.tofile(path)
+
+
+def sealed(corpus: Corpus) -> Corpus:
+    """The corpus with the hashes of the tokens that it has now: sound, but made for others."""
+    folder, shards = corpus.storage.folder, []
+    for entry in corpus.manifest.splits["train"].shards:
+        digest = hashlib.sha256((folder / f"{entry.name}.bin").read_bytes())  # one piece
+        (folder / f"{entry.name}.sums").write_bytes(digest.digest())
+        changed = {
+            "sha256": digest.hexdigest(),
+            "sums_sha256": hashlib.sha256(digest.digest()).hexdigest(),
+        }
+        shards.append(entry.model_copy(update=changed))
+    return corpus_of(folder, shards, corpus.manifest.tokenizer.vocab_size)
+
+
+def tokens_of(folder: Path) -> NDArray[np.int64]:
+    """All tokens of a corpus that `write_split` wrote."""
+    parts = [np.fromfile(path, "<u2") for path in sorted(folder.glob("*.bin"))]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def window_of(reader: SplitReader, number: int) -> NDArray[np.int64]:
+    """The one window of a sample."""
+    (window,) = reader.sample(number)
+    return window
+
+
+def stream_at(reader: SplitReader, batch_size: int, seed: int, position: int) -> TrainStream:
+    """A stream that goes on at a position."""
+    stream = TrainStream([reader], batch_size, seed)
+    stream.position = position
+    return stream
 
 
 def samples(stream: TrainStream, num_batches: int) -> list[bytes]:
@@ -62,7 +105,7 @@ def rows(batch: Batch) -> list[bytes]:
 
 
 def all_windows(reader: SplitReader) -> list[bytes]:
-    windows = [reader.window(number) for number in range(reader.num_windows)]
+    windows = [window_of(reader, number) for number in range(reader.num_samples)]
     return [np.concatenate([window[:-1], window[1:]]).tobytes() for window in windows]
 
 
@@ -76,7 +119,7 @@ def test_windows_cover_the_split_and_share_one_token(
     shards = manifest.splits["validation"].shards
     files = [Path(data_config.dir) / f"{shard.name}.bin" for shard in shards]
     tokens = np.concatenate([np.fromfile(path, "<u2") for path in files]).astype(np.int64)
-    windows = [reader.window(number) for number in range(reader.num_windows)]
+    windows = [window_of(reader, number) for number in range(reader.num_samples)]
     assert all(len(window) == LENGTH + 1 for window in windows)
     labels = np.concatenate([window[1:] for window in windows])
     assert np.array_equal(labels, tokens[1 : len(labels) + 1])
@@ -89,29 +132,27 @@ def test_windows_cover_the_split_and_share_one_token(
 @pytest.mark.parametrize("sizes", [[200], [100, 100], [1, 199], [199, 1], [50] * 4, [7] * 30])
 def test_windows_do_not_depend_on_the_borders_of_shards(tmp_path: Path, sizes: list[int]) -> None:
     """Shards smaller than a window too: one window may span many."""
-    manifest = write_split(tmp_path, sizes)
-    reader = SplitReader(tmp_path, manifest, "train", 16)
-    files = sorted(tmp_path.glob("*.bin"))
-    tokens = np.concatenate([np.fromfile(path, "<u2") for path in files]).astype(np.int64)
-    assert reader.num_windows == (sum(sizes) - 1) // 16
-    for number in range(reader.num_windows):
-        assert np.array_equal(reader.window(number), tokens[16 * number : 16 * number + 17])
+    reader = SplitReader(write_split(tmp_path, sizes), "train", 16)
+    tokens = tokens_of(tmp_path)
+    assert reader.num_samples == (sum(sizes) - 1) // 16
+    for number in range(reader.num_samples):
+        assert np.array_equal(window_of(reader, number), tokens[16 * number : 16 * number + 17])
 
 
 @pytest.mark.parametrize(("length", "windows"), [(1, 99), (33, 3), (34, 2), (98, 1), (99, 1)])
 def test_a_sequence_may_be_as_long_as_the_split_allows(
     tmp_path: Path, length: int, windows: int
 ) -> None:
-    reader = SplitReader(tmp_path, write_split(tmp_path, [60, 40]), "train", length)
-    assert reader.num_windows == windows
+    reader = SplitReader(write_split(tmp_path, [60, 40]), "train", length)
+    assert reader.num_samples == windows
     assert len(reader.window(windows - 1)) == length + 1
 
 
 @pytest.mark.parametrize("length", [100, 101, 10_000])
 def test_a_sequence_longer_than_the_split_is_refused(tmp_path: Path, length: int) -> None:
-    manifest = write_split(tmp_path, [60, 40])
+    corpus = write_split(tmp_path, [60, 40])
     with pytest.raises(DataError, match=rf"data\.sequence_length: {length},") as caught:
-        SplitReader(tmp_path, manifest, "train", length)
+        SplitReader(corpus, "train", length)
     message = str(caught.value)
     assert "train" in message
     assert "100 tokens" in message
@@ -132,15 +173,15 @@ def test_an_id_outside_the_vocabulary_is_refused_where_it_lies(
     tmp_path: Path, vocab_size: int, dtype: str, token: int, shard: int, position: int
 ) -> None:
     """Only the windows that hold it fail, and they name shard, id and position."""
-    manifest = write_split(tmp_path, [60, 40, 45], vocab_size)
+    corpus = write_split(tmp_path, [60, 40, 45], vocab_size)
     plant(tmp_path, shard, position, token, dtype)
-    reader = SplitReader(tmp_path, manifest, "train", 16)
+    reader = SplitReader(sealed(corpus), "train", 16)
     at = sum([60, 40, 45][:shard]) + position
     failed = 0
-    for number in range(reader.num_windows):
+    for number in range(reader.num_samples):
         if 16 * number <= at <= 16 * number + 16:
             with pytest.raises(DataError) as caught:
-                reader.window(number)
+                reader.sample(number)
             message = str(caught.value)
             assert (
                 f"train-{shard:05}.bin' holds token id {token} at position {position}," in message
@@ -149,51 +190,121 @@ def test_an_id_outside_the_vocabulary_is_refused_where_it_lies(
             assert "\n" not in message
             failed += 1
         else:
-            reader.window(number)
+            window_of(reader, number)
     assert failed in (1, 2)
 
 
 def test_the_largest_id_of_the_vocabulary_is_allowed(tmp_path: Path) -> None:
-    manifest = write_split(tmp_path, [60])
+    corpus = write_split(tmp_path, [60])
     plant(tmp_path, 0, 5, 299, "<u2")
-    assert SplitReader(tmp_path, manifest, "train", 16).window(0)[5] == 299
+    assert window_of(SplitReader(sealed(corpus), "train", 16), 0)[5] == 299
 
 
 def test_the_stream_stops_at_an_id_outside_the_vocabulary(tmp_path: Path) -> None:
     """Also as the last label of a window, which is no input of it."""
-    manifest = write_split(tmp_path, [17])
+    corpus = write_split(tmp_path, [17])
     plant(tmp_path, 0, 16, 300, "<u2")
-    stream = TrainStream(SplitReader(tmp_path, manifest, "train", 16), batch_size=1, seed=0)
-    with pytest.raises(DataError, match="token id 300 at position 16"):
+    stream = TrainStream([SplitReader(sealed(corpus), "train", 16)], batch_size=1, seed=0)
+    for _ in range(2):  # it does not go on after it
+        with pytest.raises(DataError, match="token id 300 at position 16"):
+            next(stream)
+    assert stream.position == 0
+
+
+@pytest.mark.parametrize("token", [1, 300])
+def test_a_token_that_was_not_prepared_is_refused_inside_the_vocabulary_too(
+    tmp_path: Path, token: int
+) -> None:
+    """Only the windows that touch its shard fail, and they name it."""
+    corpus = write_split(tmp_path, [60, 40, 45])
+    plant(tmp_path, 1, 17, token, "<u2")
+    reader = SplitReader(corpus, "train", 16)
+    for number in range(reader.num_samples):
+        if 16 * number + 16 >= 60 and 16 * number < 100:
+            with pytest.raises(DataError, match=r"train-00001.bin' is damaged") as caught:
+                reader.sample(number)
+            assert "\n" not in str(caught.value)
+        else:
+            reader.sample(number)
+    stream = TrainStream([reader], batch_size=reader.num_samples, seed=0)
+    with pytest.raises(DataError, match=r"train-00001.bin' is damaged"):
         next(stream)
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".sums"])
 def test_a_shard_that_is_missing_is_found_when_the_split_is_opened(
     tmp_path: Path, suffix: str
 ) -> None:
-    manifest = write_split(tmp_path, [60, 40])
+    corpus = write_split(tmp_path, [60, 40])
     (tmp_path / f"train-00001{suffix}").unlink()
     with pytest.raises(DataError, match=f"train-00001{suffix}"):
-        SplitReader(tmp_path, manifest, "train", 16)
+        SplitReader(corpus, "train", 16)
+
+
+# Packed samples.
+
+
+def write_documents(folder: Path, seed: int) -> Corpus:
+    """Documents of random tokens, from an end of document alone to several samples, in shards."""
+    rng, shards = random.Random(seed), []
+    for number in range(rng.randint(1, 3)):
+        writer = ShardWriter(folder / f"train-{number:05}", 300)
+        for _ in range(rng.randint(3, 15)):
+            size = rng.choice((0, 1, 5, 15, 16, 30, 50))
+            writer.write(np.array([*rng.choices(range(1, 300), k=size), EOD]))
+        shards.append(writer.close())
+    return corpus_of(folder, shards, 300)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packed_samples_are_parts_of_documents_with_the_token_before_them(
+    tmp_path: Path, seed: int
+) -> None:
+    """Each window is found in the text of its shard, after an end of document; all samples are
+    full, no label is in two, and few are in none."""
+    corpus = write_documents(tmp_path, seed)
+    reader = SplitReader(corpus, "train", 16, packing="best_fit")
+    used = []
+    for number in range(reader.num_samples):
+        windows = reader.sample(number)
+        assert sum(len(window) - 1 for window in windows) == 16
+        place = max(n for n, first in enumerate(reader.samples[:-1]) if first <= number)
+        text = np.fromfile(tmp_path / f"train-{place:05}.bin", "<u2")
+        text = np.concatenate([[EOD], text])  # what the first document follows
+        pieces = reader.packings[place].pieces(number - reader.samples[place])
+        for window, (start, length) in zip(windows, pieces, strict=True):
+            assert window.tolist() == text[start : start + length + 1].tolist()
+            assert EOD not in window[1:-1]  # one document
+            used += [(place, label) for label in range(start, start + length)]
+    assert len(set(used)) == len(used) == 16 * reader.num_samples
+    sizes = [shard.tokens for shard in corpus.manifest.splits["train"].shards]
+    assert reader.num_samples == sum(size // 16 for size in sizes)
+
+
+def test_packed_batches_hold_the_samples(tmp_path: Path) -> None:
+    reader = SplitReader(write_documents(tmp_path, 5), "train", 16, packing="best_fit")
+    (batch,) = validation_batches(reader, reader.num_samples, 1)
+    for number in range(reader.num_samples):
+        windows = reader.sample(number)
+        labels = np.concatenate([window[1:] for window in windows])
+        assert batch.labels_BS[number].tolist() == labels.tolist()
 
 
 # Order.
 
 
-def test_two_streams_of_one_seed_agree(data_config: DataConfig, manifest: Manifest) -> None:
+def test_two_streams_of_one_seed_agree(corpora: Corpora) -> None:
     """With readers of their own."""
-    folder = Path(data_config.dir)
     first, second = (
-        TrainStream(SplitReader(folder, manifest, "train", LENGTH), batch_size=4, seed=7)
+        TrainStream([SplitReader(corpora.first, "train", LENGTH)], batch_size=4, seed=7)
         for _ in range(2)
     )
     assert samples(first, 50) == samples(second, 50)
 
 
 def test_two_streams_of_one_reader_do_not_disturb_each_other(reader: SplitReader) -> None:
-    alone = samples(TrainStream(reader, batch_size=2, seed=7), 20)
-    first, second = (TrainStream(reader, batch_size=2, seed=7) for _ in range(2))
+    alone = samples(TrainStream([reader], batch_size=2, seed=7), 20)
+    first, second = (TrainStream([reader], batch_size=2, seed=7) for _ in range(2))
     interleaved = [(samples(first, 1), samples(second, 1)) for _ in range(20)]
     assert [row for rows, _ in interleaved for row in rows] == alone
     assert [row for _, rows in interleaved for row in rows] == alone
@@ -201,47 +312,47 @@ def test_two_streams_of_one_reader_do_not_disturb_each_other(reader: SplitReader
 
 def test_a_stream_resumed_anywhere_gives_the_continuation(reader: SplitReader) -> None:
     """In an epoch, at its borders and after it."""
-    epoch = reader.num_windows
-    whole = samples(TrainStream(reader, batch_size=1, seed=3), 2 * epoch + 20)
+    epoch = reader.num_samples
+    whole = samples(TrainStream([reader], batch_size=1, seed=3), 2 * epoch + 20)
     for position in (0, 1, 2, 17, epoch - 4, epoch - 1, epoch, epoch + 1, 2 * epoch, 2 * epoch + 5):
-        resumed = TrainStream(reader, batch_size=3, seed=3, position=position)
+        resumed = stream_at(reader, 3, 3, position)
         assert samples(resumed, 5) == whole[position : position + 15]
 
 
 def test_position_counts_the_samples_given_out(reader: SplitReader) -> None:
     """It is the state to save: a stream built from it goes on."""
-    stream = TrainStream(reader, batch_size=5, seed=3)
+    stream = TrainStream([reader], batch_size=5, seed=3)
     assert stream.position == 0
     samples(stream, 3)
     assert stream.position == 15
-    resumed = TrainStream(reader, batch_size=5, seed=3, position=stream.position)
+    resumed = stream_at(reader, 5, 3, stream.position)
     assert samples(resumed, 4) == samples(stream, 4)
     assert resumed.position == stream.position == 35
     assert next(resumed).sample_ids_B.tolist() == [35, 36, 37, 38, 39]
 
 
 def test_another_batch_size_goes_on_with_the_same_samples(reader: SplitReader) -> None:
-    wanted = samples(TrainStream(reader, batch_size=1, seed=3), 60)
-    stream, found = TrainStream(reader, batch_size=4, seed=3), []
+    wanted = samples(TrainStream([reader], batch_size=1, seed=3), 60)
+    stream, found = TrainStream([reader], batch_size=4, seed=3), []
     for size, num_batches in ((4, 5), (7, 4), (1, 2), (10, 1)):
-        stream = TrainStream(reader, batch_size=size, seed=3, position=stream.position)
+        stream = stream_at(reader, size, 3, stream.position)
         found += samples(stream, num_batches)
     assert found == wanted
 
 
 def test_a_batch_larger_than_an_epoch_runs_into_the_next(tmp_path: Path) -> None:
-    reader = SplitReader(tmp_path, write_split(tmp_path, [81]), "train", 16)
-    assert reader.num_windows == 5
-    one = samples(TrainStream(reader, batch_size=1, seed=0), 12)
-    assert samples(TrainStream(reader, batch_size=12, seed=0), 1) == one
+    reader = SplitReader(write_split(tmp_path, [81]), "train", 16)
+    assert reader.num_samples == 5
+    one = samples(TrainStream([reader], batch_size=1, seed=0), 12)
+    assert samples(TrainStream([reader], batch_size=12, seed=0), 1) == one
     assert Counter(one[:5]) == Counter(one[5:10]) == Counter(all_windows(reader))
 
 
 def test_an_epoch_visits_each_window_once(reader: SplitReader) -> None:
     windows = Counter(all_windows(reader))
-    stream = TrainStream(reader, batch_size=1, seed=11)
+    stream = TrainStream([reader], batch_size=1, seed=11)
     for _ in range(3):
-        assert Counter(samples(stream, reader.num_windows)) == windows
+        assert Counter(samples(stream, reader.num_samples)) == windows
 
 
 def moved(first: list[bytes], second: list[bytes]) -> float:
@@ -252,11 +363,11 @@ def moved(first: list[bytes], second: list[bytes]) -> float:
 
 def test_epochs_and_seeds_have_orders_of_their_own(reader: SplitReader) -> None:
     """Nearly every place holds another sample: neither a shift of windows nor their own order."""
-    size = reader.num_windows
+    size = reader.num_samples
     assert size > 100
-    stream = TrainStream(reader, batch_size=1, seed=0)
+    stream = TrainStream([reader], batch_size=1, seed=0)
     orders = [samples(stream, size) for _ in range(3)]
-    orders += [samples(TrainStream(reader, 1, seed=seed), size) for seed in (1, 2, 10)]
+    orders += [samples(TrainStream([reader], 1, seed=seed), size) for seed in (1, 2, 10)]
     orders += [all_windows(reader)]
     for first, second in itertools.combinations(orders, 2):
         assert moved(first, second) > 0.9
@@ -264,52 +375,13 @@ def test_epochs_and_seeds_have_orders_of_their_own(reader: SplitReader) -> None:
 
 def test_seed_and_epoch_are_not_confused(reader: SplitReader) -> None:
     """Epoch 1 of seed 0 is not epoch 0 of seed 1, nor that of seed 1 the second of seed 11."""
-    size = reader.num_windows
+    size = reader.num_samples
 
     def epoch(seed: int, number: int) -> list[bytes]:
-        return samples(TrainStream(reader, 1, seed=seed, position=number * size), size)
+        return samples(stream_at(reader, 1, seed, number * size), size)
 
     assert moved(epoch(0, 1), epoch(1, 0)) > 0.9
     assert moved(epoch(1, 11), epoch(11, 1)) > 0.9
-
-
-# The permutation.
-
-
-def test_permuted_is_a_bijection_of_every_small_size() -> None:
-    for size in range(1, 201):
-        images = [permuted(number, size, "key") for number in range(size)]
-        assert sorted(images) == list(range(size))
-
-
-@pytest.mark.parametrize("size", [4095, 4096, 4097])
-def test_permuted_is_a_bijection_around_a_power_of_four(size: int) -> None:
-    assert len({permuted(number, size, "0/0") for number in range(size)}) == size
-
-
-@pytest.mark.parametrize("size", [10**12, 2**40, 2**40 + 1])
-def test_permuted_keeps_a_large_range_and_merges_no_two(size: int) -> None:
-    rng = random.Random(0)
-    numbers = {*range(1000), *range(size - 1000, size), *(rng.randrange(size) for _ in range(1000))}
-    images = {permuted(number, size, "0/0") for number in numbers}
-    assert len(images) == len(numbers)
-    assert min(images) >= 0
-    assert max(images) < size
-
-
-def test_permuted_spreads_neighbours_over_the_range() -> None:
-    """The first samples of an epoch come from everywhere: each tenth has its share."""
-    size, count = 10**6, 2000
-    tenths = Counter(permuted(number, size, "0/0") * 10 // size for number in range(count))
-    assert set(tenths) == set(range(10))
-    assert all(abs(found - count / 10) < 60 for found in tenths.values())  # 4.5 sigma
-
-
-def test_permuted_is_fixed_for_all_time() -> None:
-    """Runs resume by it: these values were computed once and may not change."""
-    assert [permuted(number, 10, "0/0") for number in range(10)] == [9, 8, 0, 1, 7, 5, 6, 4, 2, 3]
-    large = [permuted(number, 10**9, "1234/5") for number in range(3)]
-    assert large == [940322329, 904022569, 93982074]
 
 
 # Validation.
@@ -327,16 +399,16 @@ def test_validation_gives_the_first_windows_in_order(
 
 def test_validation_ends_with_the_split(reader: SplitReader) -> None:
     """No window twice, none left out; the last batch is what remains."""
-    size = next(size for size in range(5, 50) if reader.num_windows % size)
+    size = next(size for size in range(5, 50) if reader.num_samples % size)
     batches = list(validation_batches(reader, size, 10**6))
     sizes = [batch.tokens_BS.shape[0] for batch in batches]
-    assert sizes[:-1] == [size] * (reader.num_windows // size)
-    assert sizes[-1] == reader.num_windows % size
+    assert sizes[:-1] == [size] * (reader.num_samples // size)
+    assert sizes[-1] == reader.num_samples % size
     assert [row for batch in batches for row in rows(batch)] == all_windows(reader)
 
 
 def test_validation_of_a_split_smaller_than_a_batch_is_one_batch(tmp_path: Path) -> None:
-    reader = SplitReader(tmp_path, write_split(tmp_path, [49]), "train", 16)
+    reader = SplitReader(write_split(tmp_path, [49]), "train", 16)
     batches = list(validation_batches(reader, 8, 4))
     assert [batch.tokens_BS.shape[0] for batch in batches] == [3]
 

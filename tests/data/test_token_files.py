@@ -150,10 +150,13 @@ def plain(documents: list[TokenDocument]) -> list[tuple[str, list[int]]]:
 
 
 def refusal(*paths: Path | str, dtype: str | None = None) -> str:
-    """The message with which files are refused; it is one line."""
-    with pytest.raises(DataError) as caught:
-        read(*paths, dtype=dtype)
-    message = str(caught.value)
+    """The message with which files are refused, whatever the chunk; it is one line."""
+    messages = set()
+    for chunk in (1, CHUNK):
+        with pytest.raises(DataError) as caught:
+            read(*paths, dtype=dtype, chunk=chunk)
+        messages.add(str(caught.value))
+    (message,) = messages
     assert message
     assert "\n" not in message
     return message

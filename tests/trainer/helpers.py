@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moebius.data.corpus import open_corpora
 from moebius.parallel.world import is_main
+from moebius.trainer.callbacks.audit import AuditCallback
 from moebius.trainer.callbacks.base import Callback, StepReport
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.console import ConsoleCallback
@@ -57,6 +58,8 @@ def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
             TensorBoardSink(),
             RoutingRecorder(),
         ]
+    if config.log.audit:
+        callbacks.append(AuditCallback())
     run = Run(config, open_corpora(config.data), callbacks)
     with lock_folder(run.folder) if is_main() else nullcontext():
         run.resume()

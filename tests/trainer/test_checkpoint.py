@@ -28,6 +28,8 @@ def record(step: int) -> CommitRecord:
     return CommitRecord(
         step=step,
         position=4 * step,
+        tokens=128 * step,
+        stream={"block": step},
         corpus="hash",
         config={},
         program=["0@1"],
@@ -54,6 +56,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     ]
     loaded, tensors = store.load(folder)
     assert (loaded.step, loaded.position, loaded.program) == (3, 12, ["0@1"])
+    assert (loaded.tokens, loaded.stream) == (384, {"block": 3})
     assert torch.equal(tensors["model"]["b"], torch.ones(3, 2))
     assert tensors["optimizer"]["a/step"] == 3.0
 

@@ -17,6 +17,7 @@ import pytest
 
 from moebius.data.config import DataConfig
 from moebius.data.manifest import Manifest
+from moebius.data.shards import ShardWriter
 from moebius.model.cost import forward_flops, planned_work, visit_costs
 from moebius.model.decoder import Decoder
 from moebius.trainer.config import RunConfig
@@ -282,10 +283,15 @@ def test_vocabulary_smaller_than_the_tokenizer(config_path: Path, run_config: Ru
 
 
 def test_token_id_outside_the_vocabulary(config_path: Path, own_data: Path) -> None:
+    """A corpus whose files are sound, but were made for another tokenizer."""
     path = own_data / "train-00000.bin"
     tokens = np.fromfile(path, dtype="<u2")
-    tokens[:] = 60_000
-    tokens.tofile(path)
+    writer = ShardWriter(own_data / "train-00000", 2**16)
+    writer.write(np.full(len(tokens), 60_000))
+    manifest = own_data / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    tree["splits"]["train"]["shards"] = [writer.close().model_dump()]
+    manifest.write_text(json.dumps(tree))
     result = moebius("train", config_path, f"data.dir={own_data}")
     assert result.returncode == 3
     line = error_line(result)
@@ -293,12 +299,24 @@ def test_token_id_outside_the_vocabulary(config_path: Path, own_data: Path) -> N
     assert "allowed: 0 to 511" in line
 
 
+def test_tokens_that_are_not_those_prepared(config_path: Path, own_data: Path) -> None:
+    path = own_data / "train-00000.bin"
+    tokens = np.fromfile(path, dtype="<u2")
+    tokens[:] = 60_000
+    tokens.tofile(path)
+    result = moebius("train", config_path, f"data.dir={own_data}")
+    assert result.returncode == 3
+    line = error_line(result)
+    assert f"shard file '{path}' is damaged" in line
+    assert "data.bad_shards=quarantine" in line
+
+
 def test_truncated_shard(config_path: Path, own_data: Path) -> None:
     path = own_data / "train-00000.bin"
     path.write_bytes(path.read_bytes()[:-10])
     result = moebius("train", config_path, f"data.dir={own_data}")
     assert result.returncode == 3
-    assert f"shard '{path}' has" in error_line(result)
+    assert f"shard file '{path}' has" in error_line(result)
 
 
 def test_run_folder_of_another_config(config_path: Path, trained: Path) -> None:

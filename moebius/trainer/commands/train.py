@@ -101,7 +101,12 @@ def _train(
         say(line)
     # Only now: a run that could not be built leaves no trace in the folder.
     with lock_folder(training.folder) if is_main() else nullcontext():
-        training.resume()
+        before = training.resume()
+        if before is not None and before.train.batch_size != rows:
+            say(
+                f"train.batch_size: {before.train.batch_size} -> {rows} after step "
+                f"{training.step}; schedules count steps"
+            )
         if is_main():
             claim_folder(config)
         try:
