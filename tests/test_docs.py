@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from moebius.trainer.cli import COMMANDS
+from moebius.trainer.cli import COMMANDS, main
+from moebius.trainer.config import RunConfig, problems
 from moebius.trainer.config_file import load_config
 from tests.trainer.helpers import logged, moebius, write_config
 
@@ -112,3 +113,36 @@ def test_commands_of_the_readme_are_understood() -> None:
         if name in ("train", "describe"):
             overrides = takewhile(lambda word: not word.startswith("--"), arguments[1:])
             load_config(ROOT / arguments[0], list(overrides))
+
+
+def test_three_commands_train_on_own_text(
+    corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first commands of docs/data.md, as they stand there; the run is made a short one."""
+    (tmp_path / "my").mkdir()
+    shutil.copy(corpus_file, tmp_path / "my" / "modules.jsonl")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "data.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("    moebius ")][:3]
+    assert [shlex.split(command)[1] for command in commands] == ["prepare", "inspect", "train"]
+    short = ["train.num_steps=2", "train.batch_size=2", "evaluation.num_batches=1"]
+    short += ["optim.schedule.warmup_steps=1", "optim.schedule.decay_fraction=0.1"]
+    for command in commands:
+        _, *arguments = shlex.split(command)
+        assert main([*arguments, *(short if arguments[0] == "train" else [])]) == 0
+    assert [line["step"] for line in logged(Path("runs/mine")) if "train/loss" in line] == [1, 2]
+
+
+def test_examples_of_the_data_guide_are_valid(run_tree: dict[str, Any]) -> None:
+    """Every other command is understood, every fragment validates."""
+    text = (ROOT / "docs" / "data.md").read_text()
+    for command in re.findall(r"^    (moebius prepare .*)$", text, re.MULTILINE):
+        _, _, config, *overrides = shlex.split(command)
+        load_config(ROOT / config, overrides)
+    fragments = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(fragments) == 2
+    for fragment in fragments:
+        data = yaml.safe_load(fragment)["data"]
+        config = RunConfig.model_validate(run_tree | {"data": data})
+        assert not list(problems(config))

@@ -95,7 +95,7 @@ def encoded_tokens(
     found = token_documents(source.paths, source.dtype, eod_id, len(lengths_V), start)
     items, number, tokens = [], start, 0
     for document in found:
-        number = int(document.id.rpartition(":")[2]) + 1
+        number = document.number + 1
         items.append(Item(document.id, document.ids, int(lengths_V[document.ids].sum())))
         tokens += len(document.ids)
         if len(items) == BATCH_DOCUMENTS or tokens * 4 > BATCH_BYTES:

@@ -10,9 +10,7 @@
 All numbers are little endian; `.npy` names its own order.
 """
 
-import glob
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moebius.data.shards import HEADER, MAGIC
+from moebius.data.sources import matching
 from moebius.errors import DataError
 
 Tokens = NDArray[np.integer[Any]]
@@ -40,6 +39,8 @@ class TokenDocument(NamedTuple):
     """file and number of the document in it; documents without tokens count"""
     ids: NDArray[np.uint32]
     """without the end-of-document token at its end"""
+    number: int
+    """among the documents of all files"""
 
 
 class _Run(NamedTuple):
@@ -76,7 +77,8 @@ def _documents(
             bounds = zip(begins[first:].tolist(), ends[first:].tolist(), strict=True)
             for at, (begin, end) in enumerate(bounds, number + first):
                 if begin < end:
-                    yield TokenDocument(f"{name}:{at}", run.tokens[begin:end].astype(np.uint32))
+                    ids = run.tokens[begin:end].astype(np.uint32)
+                    yield TokenDocument(f"{name}:{at}", ids, before + at)
             number += len(begins)
         before += number
 
@@ -117,26 +119,16 @@ def _check_ids(
 
 
 def _files(patterns: Sequence[str]) -> list[tuple[Path, str]]:
-    """The files and their names: their places below the common folder."""
-    paths: list[Path] = []
-    for pattern in patterns:
-        matches = sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise DataError(
-                f"data.source.paths: no file matches '{pattern}'",
-                "paths are relative to the working directory",
-            )
-        paths.extend(Path(match) for match in matches)
-    for path in paths:
+    if not patterns:
+        raise DataError("data.source.paths is empty", "name the token files")
+    files = matching(tuple(patterns))
+    for path, _ in files:
         if path.suffix not in SUFFIXES:
             raise DataError(
                 f"data.source.paths: '{path}' is none of {', '.join(SUFFIXES)}",
                 "name the token files only, like 'folder/*.bin': an index is found beside its file",
             )
-    if not paths:
-        raise DataError("data.source.paths is empty", "name the token files")
-    root = os.path.commonpath([path.parent.absolute() for path in paths])
-    return [(path, os.path.relpath(path, root)) for path in dict.fromkeys(paths)]
+    return files
 
 
 def _runs(path: Path, dtype: str | None, eod_id: int, chunk: int) -> Iterator[_Run]:

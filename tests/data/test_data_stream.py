@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import random
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from moebius.data.batch import Batch
 from moebius.data.config import DataConfig
 from moebius.data.corpus import Corpora, Corpus, SplitReader
 from moebius.data.manifest import Manifest, ShardEntry, Split, TokenizerEntry
+from moebius.data.mixture import Turns
+from moebius.data.order import BlockShuffle, NoShuffle
 from moebius.data.shards import ShardWriter
 from moebius.data.storage import CacheConfig, open_storage
 from moebius.data.stream import TrainStream, validation_batches
@@ -145,7 +148,7 @@ def test_a_sequence_may_be_as_long_as_the_split_allows(
 ) -> None:
     reader = SplitReader(write_split(tmp_path, [60, 40]), "train", length)
     assert reader.num_samples == windows
-    assert len(reader.window(windows - 1)) == length + 1
+    assert len(window_of(reader, windows - 1)) == length + 1
 
 
 @pytest.mark.parametrize("length", [100, 101, 10_000])
@@ -382,6 +385,142 @@ def test_seed_and_epoch_are_not_confused(reader: SplitReader) -> None:
 
     assert moved(epoch(0, 1), epoch(1, 0)) > 0.9
     assert moved(epoch(1, 11), epoch(11, 1)) > 0.9
+
+
+# Threads.
+
+
+@pytest.mark.parametrize(("prefetch", "workers"), [(0, 1), (1, 1), (2, 3), (7, 2), (3, 8)])
+def test_threads_and_batches_made_ahead_change_nothing(
+    reader: SplitReader, prefetch: int, workers: int
+) -> None:
+    wanted = samples(TrainStream([reader], 4, seed=3, prefetch=0), 40)
+    stream = TrainStream([reader], 4, seed=3, prefetch=prefetch, workers=workers)
+    assert samples(stream, 40) == wanted
+    assert stream.position == 160  # what was made ahead was not given out
+    stream.close()
+
+
+def test_a_position_that_is_set_counts_more_than_what_was_made_ahead(reader: SplitReader) -> None:
+    wanted = samples(TrainStream([reader], 1, seed=3, prefetch=0), 100)
+    stream = TrainStream([reader], 4, seed=3, prefetch=3)
+    for position in (0, 8, 4, 50, 50, 13):
+        stream.position = position
+        assert samples(stream, 2) == wanted[position : position + 8]
+    stream.close()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_ranges_of_a_batch_are_its_rows(reader: SplitReader, prefetch: int) -> None:
+    """What the processes of a run take; empty ranges and other ones than before, too."""
+    stream = TrainStream([reader], 10, seed=3, prefetch=prefetch)
+    whole = TrainStream([reader], 10, seed=3, prefetch=0)
+    for ranges in ([(0, 3), (3, 10)], [(0, 3), (3, 10)], [(9, 10)], [(4, 4), (2, 6)], []):
+        batch, parts = next(whole), stream.take(ranges)
+        assert len(parts) == len(ranges)
+        for (start, end), part in zip(ranges, parts, strict=True):
+            assert rows(part) == rows(batch)[start:end]
+            assert part.sample_ids_B.tolist() == batch.sample_ids_B[start:end].tolist()
+    assert stream.position == whole.position == 50
+    stream.close()
+
+
+def test_an_error_in_a_thread_comes_with_the_batch_that_it_belongs_to(tmp_path: Path) -> None:
+    """Not earlier; and the batches before it are whole."""
+    corpus = write_split(tmp_path, [160, 161])
+    plant(tmp_path, 1, 100, 7, "<u2")
+    reader = SplitReader(corpus, "train", 16)
+    stream = TrainStream([reader], 2, seed=0, shuffle=NoShuffle(kind="none"), prefetch=8)
+    for number in range(4):  # samples 0 to 7; sample 9 reaches into the second shard
+        assert next(stream).sample_ids_B.tolist() == [2 * number, 2 * number + 1]
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"train-00001.bin"):
+            next(stream)
+    assert stream.position == 8
+    stream.close()
+
+
+def test_a_closed_stream_has_no_threads_and_goes_on_when_it_is_asked(reader: SplitReader) -> None:
+    before = set(threading.enumerate())
+    stream = TrainStream([reader], 4, seed=3, workers=3)
+    first = samples(stream, 5)
+    mine = set(threading.enumerate()) - before
+    assert mine
+    stream.close()
+    assert not any(thread.is_alive() for thread in mine)
+    assert first + samples(stream, 5) == samples(TrainStream([reader], 4, seed=3), 10)
+    stream.close()
+
+
+# Orders and mixtures.
+
+
+def test_without_a_shuffle_samples_come_as_they_lie(reader: SplitReader) -> None:
+    size = reader.num_samples
+    stream = TrainStream([reader], 1, seed=5, shuffle=NoShuffle(kind="none"))
+    assert samples(stream, 2 * size) == 2 * all_windows(reader)
+
+
+def test_a_block_shuffle_visits_each_window_once_in_an_epoch(reader: SplitReader) -> None:
+    size = reader.num_samples
+    shuffle = BlockShuffle(kind="blocks", run=7, block=40)
+    stream = TrainStream([reader], 1, seed=5, shuffle=shuffle)
+    first, second = samples(stream, size), samples(stream, size)
+    assert Counter(first) == Counter(second) == Counter(all_windows(reader))
+    assert moved(first, second) > 0.9
+    assert moved(first, all_windows(reader)) > 0.9
+
+
+def test_a_mixture_gives_each_corpus_its_turns(tmp_path: Path) -> None:
+    """Each corpus in an order of its own, epoch after epoch, wherever the stream begins."""
+    readers = []
+    for name, size in (("a", 81), ("b", 241), ("c", 17)):
+        (tmp_path / name).mkdir()
+        readers.append(SplitReader(write_split(tmp_path / name, [size]), "train", 16))
+    turns = Turns([(0, [1, 2, 0]), (100, [1, 1, 2])], seed=4)
+    stream = TrainStream(readers, 3, seed=4, turns=turns)
+    places = [stream.place(position) for position in range(300)]
+    batches = [next(stream) for _ in range(100)]
+    found = torch.cat([batch.tokens_BS for batch in batches])
+    for number in range(3):
+        mine = [place for place in places if place.corpus == number]
+        assert len(mine) == turns.counts(300)[number]
+        size = readers[number].num_samples
+        for before, place in enumerate(mine):
+            assert place.epoch == before // size
+        for epoch in range(len(mine) // size):
+            part = mine[epoch * size : (epoch + 1) * size]
+            assert sorted(place.number for place in part) == list(range(size))
+    for row, place in zip(found.numpy(), places, strict=True):
+        window = window_of(readers[place.corpus], place.number)
+        assert row.tolist() == window[:-1].tolist()
+    orders = [[p.number for p in places if (p.corpus, p.epoch) == (n, 0)] for n in (0, 1)]
+    assert orders[0] != [number for number in orders[1] if number < readers[0].num_samples]
+    stream.position = 123
+    assert torch.equal(next(stream).tokens_BS, found[123:126])
+    stream.close()
+
+
+def test_a_transform_is_given_every_window_and_a_number_of_its_own(tmp_path: Path) -> None:
+    reader = SplitReader(write_documents(tmp_path, 5), "train", 16, packing="best_fit")
+    stream = TrainStream([reader], 4, seed=0, prefetch=0)
+    seen: list[tuple[int, list[int]]] = []
+
+    def transform(window: NDArray[np.int64], sample: int) -> NDArray[np.int64]:
+        seen.append((sample, window.tolist()))
+        return window + 300
+
+    stream.transform = transform  # type: ignore[assignment]
+    batches = [next(stream) for _ in range(3)]
+    expected = [stream.sample(position) for position in range(12)]
+    assert [window for _, window in seen] == [w.tolist() for windows in expected for w in windows]
+    assert len({number for number, _ in seen}) == len(seen)
+    assert [number for number, _ in seen] == [
+        16 * position + place
+        for position, windows in enumerate(expected)
+        for place in range(len(windows))
+    ]
+    assert min(int(batch.tokens_BS.min()) for batch in batches) >= 300
 
 
 # Validation.

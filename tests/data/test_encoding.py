@@ -209,12 +209,12 @@ def test_random_merges_give_the_same_ids(ignore_merges: bool) -> None:
     texts = ["".join(text) for k in range(1, 7) for text in itertools.product("ab", repeat=k)]
     texts += ["".join(rng.choices("ab", k=rng.randrange(250))) for _ in range(50)]
     num_fast = 0
-    for _ in range(25):
+    for _ in range(40):
         tokenizer = hand_made(*random_merges(rng), ignore_merges)
         encoder = build_encoder(tokenizer)
         assert encoded(encoder, texts) == expected(tokenizer, texts)
         num_fast += encoder.fast is not None
-    assert 5 < num_fast < 20 if ignore_merges else num_fast == 25
+    assert 5 < num_fast < 35 if ignore_merges else num_fast == 40
 
 
 def test_merges_that_tiktoken_would_invent_are_not_made() -> None:
@@ -323,10 +323,8 @@ FALLBACKS: dict[str, Callable[[dict], None]] = {
 
 @pytest.mark.parametrize("case", FALLBACKS)
 def test_what_tiktoken_cannot_do_is_done_by_tokenizers(small: Tokenizer, case: str) -> None:
-    tokenizer = with_spec(small, FALLBACKS[case])
-    check_slow(
-        tokenizer, [*TRICKY, f"a{EOD}b", "x = 123 + é", "e\u0301 \u212b", *sources("csv.py")]
-    )
+    texts = [*TRICKY, f"a{EOD}b", "x = 123 + é", "e\u0301 \u212b", *sources("csv.py")]
+    check_slow(with_spec(small, FALLBACKS[case]), texts)
 
 
 def test_dropout_is_left_to_tokenizers(small: Tokenizer) -> None:

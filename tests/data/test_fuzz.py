@@ -16,6 +16,7 @@ import shutil
 import signal
 import struct
 import sysconfig
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -275,6 +276,10 @@ def write_rows(path: Path, texts: list[str]) -> Path:
     match "".join(path.suffixes):
         case ".parquet":
             pq.write_table(pa.Table.from_pylist(rows), path)
+        case ".arrow":
+            table = pa.Table.from_pylist(rows)
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+                out.write_table(table)
         case ".json":
             path.write_text(json.dumps(rows))
         case ".jsonl":
@@ -369,6 +374,30 @@ def refusal(work: Callable[[], object]) -> str:
     except DataError as error:
         return one_line(error)
     return ""
+
+
+def alone(work: Callable[[], object], report: Path) -> None:
+    """Do it in a process of its own: code that is not Python's may hang, or end the process."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            report.write_text(traceback.format_exc())
+        finally:
+            os._exit(status)
+    try:
+        _, status = os.waitpid(child, 0)
+        child = 0
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    if status != 0:
+        reason = report.read_text() if report.exists() else f"ended by signal {status}"
+        pytest.fail(reason, pytrace=False)
 
 
 def one_line(error: MoebiusError) -> str:
@@ -566,11 +595,15 @@ def test_a_packing_of_another_size_is_made_anew(name: str, sound: Sound, copy: P
 
 SOURCES = tuple(
     f"rows.{kind}"
-    for kind in ("jsonl", "json", "parquet", "txt", "txt.gz", "jsonl.gz", "txt.bz2", "txt.xz")
+    for kind in (
+        *("jsonl", "json", "parquet", "arrow"),
+        *("txt", "txt.gz", "jsonl.gz", "txt.bz2", "txt.xz"),
+    )
 )
 SOURCE_CASES = [
     *case_list(("rows.jsonl", "rows.parquet"), (*BYTES, "other"), seeds=5),
     *case_list(("rows.txt.gz",), (*BYTES, "other"), seeds=4),
+    *case_list(("rows.arrow",), (*BYTES, "other"), seeds=3),
     *case_list(("rows.json", "rows.jsonl.gz", "rows.txt.bz2", "rows.txt.xz"), tuple(BYTES)),
     *case_list(("rows.txt",), ("flip_one", "flip_some"), seeds=3),
     *case_list(("rows.jsonl", "rows.parquet", "rows.txt.gz"), tuple(WHOLE)),
@@ -589,14 +622,26 @@ def as_another_reader_finds(path: Path) -> list[str]:
         return [content.decode()]
     if kinds[0] == ".parquet":
         rows = pq.read_table(pa.BufferReader(content)).to_pylist()
-    elif kinds[0] == ".json" and content:
-        rows = json.loads(content)
+    elif kinds[0] == ".arrow":
+        rows = pa.ipc.open_stream(content).read_all().to_pylist()
     else:
-        rows = [json.loads(line) for line in content.split(b"\n") if line.strip()]
+        rows = list(json_values(content.decode("utf-8-sig")))
+        if len(rows) == 1 and isinstance(rows[0], list):
+            rows = rows[0]
     texts = [row["text"] for row in rows]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("no text")
     return texts
+
+
+def json_values(text: str) -> Iterator[Any]:
+    """Values one after the other, each on a line of its own or not."""
+    decoder, blank = json.JSONDecoder(strict=False), " \t\r\n"
+    text = text.strip(blank)
+    while text:
+        value, end = decoder.raw_decode(text)
+        yield value
+        text = text[end:].lstrip(blank)
 
 
 def documents_of(location: Path) -> list[list[int]]:
@@ -667,4 +712,103 @@ def test_a_damaged_source_is_refused_or_read_as_it_is(
 ) -> None:
     path = Path(shutil.copy(sources / "a" / case.file, tmp_path))
     damage(path, case, sources / "b" / case.file)
-    check_source(tmp_path, path, sound)
+    alone(lambda: check_source(tmp_path, path, sound), tmp_path / "report")
+
+
+def lines(*rows: Any) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def table(**columns: Any) -> bytes:
+    """A parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+PADDED = lines(*({"text": f"row {n}", "pad": "x" * 1_000_000} for n in range(11)))
+"""more than what is read of a file at once"""
+WRITTEN: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "two_rows_in_a_line": ("jsonl", lambda: b'{"text": "a"}{"text": "b"}\n'),
+    "a_row_in_two_lines": ("jsonl", lambda: b'{"text":\n "a"}\n{"text": "b"}\n'),
+    "rows_that_end_with_returns": ("jsonl", lambda: b'{"text": "a"}\r{"text": "b"}\r'),
+    "a_key_twice": ("jsonl", lambda: b'{"text": "a", "text": "b"}\n'),
+    "half_a_surrogate": ("jsonl", lambda: b'{"text": "a\\ud800"}\n'),
+    "halves_of_surrogates_swapped": ("jsonl", lambda: b'{"text": "\\udc00\\ud800"}\n'),
+    "a_null_character": ("jsonl", lambda: b'{"text": "a\\u0000b"}\n'),
+    "no_utf8": ("jsonl", lambda: b'{"text": "\xff\xfe"}\n'),
+    "utf8_of_a_surrogate": ("jsonl", lambda: b'{"text": "\xed\xa0\x80"}\n'),
+    "utf8_that_is_too_long": ("jsonl", lambda: b'{"text": "\xc0\xaf"}\n'),
+    "utf16": ("jsonl", lambda: '{"text": "a"}\n'.encode("utf-16")),
+    "a_byte_order_mark": ("jsonl", lambda: b"\xef\xbb\xbf" + lines({"text": "a"})),
+    "a_list_of_rows": ("jsonl", lambda: b'[{"text": "a"}, {"text": "b"}]'),
+    "a_list_of_texts": ("jsonl", lambda: b'["a", "b"]'),
+    "a_list_of_lists": ("jsonl", lambda: b'[["a"], ["b"]]'),
+    "a_list_and_rows": ("jsonl", lambda: b'["a"]\n{"text": "b"}\n'),
+    "rows_and_a_list": ("jsonl", lambda: b'{"text": "b"}\n["a"]\n'),
+    "a_row_of_columns": ("jsonl", lambda: b'{"text": {"0": "a", "1": "b"}}'),
+    "columns_in_lines": ("json", lambda: b'{\n"text": {"0": "a",\n"1": "b"}\n}'),
+    "numbers_as_columns_in_lines": ("json", lambda: b'{\n"text": {"0": "1",\n"1": "02"}\n}'),
+    "null_rows": ("jsonl", lambda: b'{"text": "a"}\nnull\n{"text": "b"}\n'),
+    "empty_rows": ("jsonl", lambda: b'{"text": "a"}\n{}\n{"text": "b"}\n'),
+    "blank_lines": ("jsonl", lambda: b'\n\n{"text": "a"}\n  \n\n{"text": "b"}\n\n'),
+    "a_text_and_a_number": ("jsonl", lambda: lines({"text": "1"}, {"text": 1})),
+    "texts_and_a_list": ("jsonl", lambda: lines({"text": "1"}, {"text": ["a"]})),
+    "a_truth": ("jsonl", lambda: lines({"text": "true"}, {"text": True})),
+    "texts_that_are_dates": ("jsonl", lambda: lines({"text": "2026-01-02"}, {"text": "2026-01-03"})),
+    "texts_that_are_numbers": ("jsonl", lambda: lines({"text": "1"}, {"text": "02"})),
+    "texts_that_are_json": ("jsonl", lambda: lines({"text": "{}"}, {"text": '"a"'}, {"text": "["})),
+    "json_texts_and_a_number": (
+        "jsonl",
+        lambda: lines({"text": "{}"}, {"text": '"a"'}, {"text": "null"}, {"text": 5}),
+    ),
+    "a_date_far_on": ("jsonl", lambda: PADDED + lines({"text": "2026-01-02"})),
+    "a_time_far_on": ("jsonl", lambda: PADDED + lines({"text": "2026-01-02T03:04:05.670Z"})),
+    "a_number_far_on": ("jsonl", lambda: PADDED + lines({"text": 5})),
+    "a_fraction_far_on": ("jsonl", lambda: PADDED + lines({"text": 0.1})),
+    "a_truth_far_on": ("jsonl", lambda: PADDED + lines({"text": True})),
+    "a_null_far_on": ("jsonl", lambda: PADDED + lines({"text": None})),
+    "an_object_far_on": ("jsonl", lambda: PADDED + lines({"text": {"a": 1}})),
+    "a_list_far_on": ("jsonl", lambda: PADDED + lines({"text": ["a"]})),
+    "no_text_far_on": ("jsonl", lambda: PADDED + lines({"texts": "a"})),
+    "a_broken_line_far_on": ("jsonl", lambda: PADDED + b'{"text": "a"\n'),
+    "deep_lists": ("jsonl", lambda: b"[" * DEEP + b"]" * DEEP),
+    "a_deep_text": ("jsonl", lambda: b'{"text": ' + b"[" * DEEP + b"]" * DEEP + b"}\n"),
+    "many_keys": ("jsonl", lambda: lines({"text": "a"} | {str(n): n for n in range(3000)})),
+    "a_key_of_two_lines": ("jsonl", lambda: lines({"a\nb": "a"})),
+    "text_of_windows": ("txt", lambda: b"a\r\nb\rc\n"),
+    "compressed_text_of_windows": ("txt.gz", lambda: gzip.compress(b"a\r\nb\rc\n")),
+    "text_of_nulls": ("txt", lambda: bytes(1000)),
+    "text_with_a_byte_order_mark": ("txt", lambda: b"\xef\xbb\xbfa"),
+    "two_members": ("txt.gz", lambda: gzip.compress(b"a") + gzip.compress(b"b")),
+    "padded_with_zeros": ("txt.gz", lambda: gzip.compress(b"a") + bytes(512)),
+    "compressed_twice": ("txt.gz", lambda: gzip.compress(gzip.compress(b"a"))),
+    "compressed_nothing": ("txt.gz", lambda: gzip.compress(b"")),
+    "not_compressed": ("txt.gz", lambda: b"plain text"),
+    "another_compression": ("txt.gz", lambda: bz2.compress(b"a")),
+    "compressed_under_another_name": ("txt", lambda: gzip.compress(b"a")),
+    "a_parquet_file_of_numbers": ("parquet", lambda: table(text=[1, 2])),
+    "a_parquet_file_of_bytes": ("parquet", lambda: table(text=[b"a", b"\xff"])),
+    "a_parquet_file_of_nulls": ("parquet", lambda: table(text=[None, None])),
+    "a_parquet_file_with_a_null": ("parquet", lambda: table(text=["a", None])),
+    "a_parquet_file_of_lists": ("parquet", lambda: table(text=[["a"], ["b"]])),
+    "a_parquet_file_without_rows": ("parquet", lambda: table(text=pa.array([], pa.string()))),
+    "a_parquet_file_without_columns": ("parquet", lambda: table()),
+    "a_parquet_file_of_another_column": ("parquet", lambda: table(body=["a"])),
+    "a_parquet_file_of_a_dictionary": (
+        "parquet",
+        lambda: table(text=pa.array(["a", "b", "a"]).dictionary_encode()),
+    ),
+    "jsonl_as_parquet": ("parquet", lambda: lines({"text": "a"})),
+    "parquet_as_jsonl": ("jsonl", lambda: table(text=["a"])),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_strange_source_is_refused_or_read_as_it_is(
+    name: str, sound: Sound, tmp_path: Path
+) -> None:
+    kind, content = WRITTEN[name]
+    path = tmp_path / f"strange.{kind}"
+    path.write_bytes(content())
+    alone(lambda: check_source(tmp_path, path, sound), tmp_path / "report")
