@@ -3,22 +3,23 @@
 tiktoken is several times as fast. Which texts it may encode is proven, not sampled:
 
 *Pieces.* The patterns that cut a text into pieces see a character only through the classes it is
-in. The libraries have regular-expression engines of their own, so a character is trusted only if
-both put it into the same of `CLASSES`; texts with another character go to tokenizers.
+in. Each library has a regular-expression engine of its own, so a character is trusted only if
+both put it into the same of `CLASSES`; texts with another one go to tokenizers.
 
-*Merges.* tokenizers merges the pairs of a list, in the order of the list. tiktoken merges any two
-neighbours whose concatenation is a token, lowest id first. Call the run of a token what
-tokenizers does to its characters alone; merges made inside the span of a token, while none
-crosses its ends, are the beginning of its run. Whoever merges (x, y) to a token t thus finds the
-state (x, y) of the run of t, which has at most one state of two tokens.
+*Merges.* tokenizers merges neighbours that its list of merges holds, first in the list first;
+tiktoken merges any whose concatenation is a token that it knows, lowest id first; both take the
+leftmost of equals. Let the run of a token be the states through which tokenizers takes its bytes,
+were they a piece. Suppose both have done the same so far, and the concatenation of the neighbours
+(x, y) is a token t. No merge has crossed the ends of t, so those inside are the beginning of its
+run, and (x, y) is its only state of two tokens.
 
-- If the run ends in t, (x, y) is the pair which tokenizers merges there: it is in the list.
-- If the run ends in two tokens, tiktoken would merge them and tokenizers does not.
-- If it ends in three or more, no one ever finds two neighbours which make t.
+- The run of t ends in t: tokenizers merges (x, y), and t is never made of other neighbours.
+- It ends in two tokens: tokenizers does not merge (x, y), so tiktoken must not know t.
+- It ends in three or more: there is no such state, so neither ever makes t by a merge.
 
-So both do the same if the ids of the merges' results never fall, each byte is a token, and tiktoken
-knows no token of the second kind. One of the third kind it may know where tokenizers, too, looks up
-a whole piece before it merges (`ignore_merges`).
+Hence both do the same next if ids never fall along the list of merges. tiktoken also looks up a
+whole piece before it merges, which gives what the run gives in the first case. In the others it may
+know t only if tokenizers looks up pieces, too (`ignore_merges`).
 """
 
 import itertools
@@ -51,9 +52,10 @@ SPACE_BLOCK = 100_000
 
 
 class Encoder:
-    """Encodes texts to the ids that `tokenizer` gives them, in the calling thread where it can.
+    """Encodes texts to the ids that `tokenizer` gives them; `fast` is None if it does it all.
 
-    It pickles as the tokenizer's json and proves anew what it may do when it is read.
+    tiktoken runs in the calling thread, tokenizers in as many as TOKENIZERS_PARALLELISM allows.
+    An encoder pickles as its tokenizer and is built anew when it is read.
     """
 
     def __init__(self, tokenizer: Tokenizer, fast: tiktoken.Encoding | None) -> None:
@@ -67,9 +69,12 @@ class Encoder:
         """Ids of each text, without special tokens. Raises TypeError on a lone surrogate."""
         if self.fast is None:
             return self._by_tokenizers(texts)
-        # ASCII is known, and nearly all texts of many corpora.
+        # Those of ASCII are known.
         self.characters.check(set().union(*(text for text in texts if not text.isascii())))
-        suits = [self.characters.all_alike(text) and not _is_blank_long(text) for text in texts]
+        suits = [
+            (text.isascii() or self.characters.all_alike(text)) and not _has_long_blank(text)
+            for text in texts
+        ]
         rest = [text for text, suit in zip(texts, suits, strict=True) if not suit]
         others = iter(self._by_tokenizers(rest))
         return [
@@ -87,7 +92,7 @@ class Encoder:
 
 
 def build_encoder(tokenizer: Tokenizer) -> Encoder:
-    """The encoder of `tokenizer`, which must not be changed after."""
+    """The encoder of `tokenizer`, which must not be changed afterwards."""
     return Encoder(tokenizer, _to_tiktoken(tokenizer))
 
 
@@ -209,7 +214,7 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
         run = [part.value for part in bpe.tokenize(token)]
         if run != [token]:
             if not model["ignore_merges"]:
-                continue  # tokenizers never makes it, nor does a tiktoken without it
+                continue  # tokenizers never makes it, nor does tiktoken if it is not told of it
             if len(run) < 3:
                 return None
         ranks[bytes(spelling[character] for character in token)] = token_id
@@ -225,7 +230,7 @@ def byte_spelling() -> dict[str, int]:
     }
 
 
-def _is_blank_long(text: str) -> bool:
-    """Whether an aligned block is blank: one is in any run of spaces of two blocks' length."""
+def _has_long_blank(text: str) -> bool:
+    """Whether an aligned block is blank, as one is in any run of spaces of two blocks' length."""
     starts = range(0, len(text) - SPACE_BLOCK + 1, SPACE_BLOCK)
     return any(text[start : start + SPACE_BLOCK].isspace() for start in starts)

@@ -43,6 +43,8 @@ class Stream(ABC):
         self.position = 0
         self.mask_documents = True
         self.transform: Transform | None = None
+        self.turns: Turns | None = None
+        """whose turn it is, in a mixture"""
         self.waited = 0.0
         """seconds that batches had to be waited for"""
         self._prefetch, self._workers = prefetch, workers

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from moebius.data.build import Quarantined, build_stream, mixture_turns, validation_readers
+from moebius.data.build import Quarantined, build_stream, validation_readers
 from moebius.data.corpus import Corpora
 from moebius.data.tokenizer import load_tokenizer, token_bytes
 from moebius.errors import CheckpointError, DataError, MoebiusError
@@ -72,7 +72,6 @@ class Run:
         self.corpus = corpora.fingerprint
         self.validation = validation_readers(config.data, corpora, quarantined or {})
         self.token_bytes_V = torch.from_numpy(token_bytes(load_tokenizer(corpora.tokenizer_file)))
-        self.turns = mixture_turns(config.data, corpora, config.train.seed)
         self.stream = build_stream(
             config.data, corpora, config.train.batch_size, config.train.seed, quarantined or {}
         )

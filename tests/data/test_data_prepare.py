@@ -10,20 +10,23 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from moebius.data import encode as encode_module
 from moebius.data import prepare as prepare_module
 from moebius.data.config import DataConfig, FilesSource, HubSource, TokenizerConfig
+from moebius.data.corpus import Corpus, SplitReader
 from moebius.data.manifest import Manifest, read_manifest
-from moebius.data.prepare import is_validation, prepare
-from moebius.data.stream import SplitReader, TrainStream
+from moebius.data.prepare import Workshop, is_validation, prepare
+from moebius.data.stream import TrainStream
 from moebius.data.tokenizer import train_tokenizer
 from moebius.errors import DataError
-from tests.conftest import VOCAB_SIZE
+from tests.conftest import QUIET, VOCAB_SIZE
 
 EOD = "<|endoftext|>"
 
 
-def silent(line: str) -> None:
-    """A report that nobody reads."""
+def prepared(config: DataConfig, vocab_size: int = 300) -> Manifest:
+    """The manifest of a corpus, which is made where it is not there."""
+    return prepare(config, vocab_size, QUIET).first.manifest
 
 
 def source_texts(path: Path) -> list[str]:
@@ -73,7 +76,7 @@ def bin_bytes(folder: Path) -> dict[str, bytes]:
 
 def refusal(config: DataConfig, vocab_size: int = 300) -> str:
     with pytest.raises(DataError) as caught:
-        prepare(config, vocab_size, silent)
+        prepared(config, vocab_size)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -89,7 +92,7 @@ def small_file(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def small_corpus(small_file: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     """Prepared once; tests that change it work on a copy."""
     config = config_of(tmp_path_factory.mktemp("prepared"), small_file)
-    prepare(config, 300, silent)
+    prepared(config)
     return config
 
 
@@ -138,7 +141,7 @@ def test_bytes_are_the_utf8_bytes_of_the_documents(tmp_path: Path) -> None:
     """Bytes, not characters: bits per byte are divided by them."""
     texts = [f"{number}: Größe, 数据, 🧵" for number in range(40)]
     config = config_of(tmp_path / "out", write_texts(tmp_path / "a.jsonl", texts))
-    made = prepare(config, 300, silent)
+    made = prepared(config)
     for name, split in made.splits.items():
         found = decoded(tmp_path / "out", made, name)
         assert split.bytes == sum(len(text.encode()) for text in found) > sum(map(len, found))
@@ -158,7 +161,7 @@ def test_the_tokenizer_entry_describes_the_file_beside_the_manifest(
 def test_a_document_that_spells_the_end_of_document_stays_one(tmp_path: Path) -> None:
     texts = [f"{number} before {EOD} after {EOD}" for number in range(40)]
     config = config_of(tmp_path / "out", write_texts(tmp_path / "a.jsonl", texts))
-    made = prepare(config, 300, silent)
+    made = prepared(config)
     assert made.splits["train"].documents + made.splits["validation"].documents == 40
     both = [text for name in made.splits for text in decoded(tmp_path / "out", made, name)]
     assert sorted(both) == sorted(texts)
@@ -170,7 +173,7 @@ def test_documents_without_text_are_left_out_and_move_no_other(
     """The ids count rows, with or without text."""
     texts = source_texts(small_file)
     path = write_texts(tmp_path / small_file.name, [*texts, "", ""])
-    made = prepare(config_of(tmp_path / "out", path), 300, silent)
+    made = prepared(config_of(tmp_path / "out", path))
     assert sum(split.documents for split in made.splits.values()) == len(texts)
     assert bin_bytes(tmp_path / "out") == bin_bytes(Path(small_corpus.dir))
 
@@ -178,13 +181,13 @@ def test_documents_without_text_are_left_out_and_move_no_other(
 def test_more_documents_than_one_encoding_batch_stay_in_order(
     small_corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "ENCODE_BATCH", 7)
-    prepare(small_corpus.model_copy(update={"dir": str(tmp_path)}), 300, silent)
+    monkeypatch.setattr(encode_module, "BATCH_DOCUMENTS", 7)
+    prepared(small_corpus.model_copy(update={"dir": str(tmp_path)}))
     assert bin_bytes(tmp_path) == bin_bytes(Path(small_corpus.dir))
 
 
 def test_preparing_is_deterministic(small_corpus: DataConfig, tmp_path: Path) -> None:
-    again = prepare(small_corpus.model_copy(update={"dir": str(tmp_path)}), 300, silent)
+    again = prepared(small_corpus.model_copy(update={"dir": str(tmp_path)}))
     assert again == read_manifest(Path(small_corpus.dir))
     for path in Path(small_corpus.dir).iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
@@ -197,7 +200,7 @@ def test_a_tokenizer_is_trained_on_no_more_text_than_allowed(
     texts = [f"{number} alpha alpha" for number in range(20)] + ["omega " * 50] * 20
     path = write_texts(tmp_path / "a.jsonl", texts)
     monkeypatch.setattr(prepare_module, "TOKENIZER_BYTES", len("".join(texts[:20])))
-    made = prepare(config_of(tmp_path / "out", path), 300, silent)
+    made = prepared(config_of(tmp_path / "out", path))
     vocabulary = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).get_vocab()
     assert any("alpha" in token for token in vocabulary)
     assert not any("ome" in token for token in vocabulary)
@@ -230,7 +233,7 @@ def test_a_corpus_that_grows_keeps_its_documents_in_their_splits(
     small_file: Path, small_corpus: DataConfig, corpus_file: Path, tmp_path: Path
 ) -> None:
     path = write_texts(tmp_path / small_file.name, source_texts(corpus_file)[:90])
-    made = prepare(config_of(tmp_path / "out", path), 300, silent)
+    made = prepared(config_of(tmp_path / "out", path))
     before_folder = Path(small_corpus.dir)
     for name in ("train", "validation"):
         before = decoded(before_folder, read_manifest(before_folder), name)
@@ -244,7 +247,8 @@ def test_a_second_prepare_reuses_the_files(small_corpus: DataConfig) -> None:
     folder = Path(small_corpus.dir)
     before = state_of(folder)
     reports: list[str] = []
-    assert prepare(small_corpus, 300, reports.append) == read_manifest(folder)
+    again = prepare(small_corpus, 300, Workshop(reports.append))
+    assert again.first.manifest == read_manifest(folder)
     assert state_of(folder) == before
     assert reports == []
 
@@ -254,21 +258,21 @@ def test_the_source_may_be_gone_once_prepared(
 ) -> None:
     path = Path(shutil.copy(small_file, tmp_path))
     config = config_of(tmp_path / "out", path)
-    made = prepare(config, 300, silent)
+    made = prepared(config)
     path.unlink()
-    assert prepare(config, 300, silent) == made
+    assert prepared(config) == made
 
 
 def test_the_shape_of_samples_is_not_part_of_the_corpus(small_corpus: DataConfig) -> None:
     changed = small_corpus.model_copy(update={"sequence_length": 99})
-    assert prepare(changed, 300, silent) == read_manifest(Path(small_corpus.dir))
+    assert prepared(changed) == read_manifest(Path(small_corpus.dir))
 
 
 def test_a_vocabulary_size_of_the_model_or_of_the_data_is_the_same(
     small_corpus: DataConfig,
 ) -> None:
     changed = small_corpus.model_copy(update={"tokenizer": TokenizerConfig(vocab_size=300)})
-    assert prepare(changed, 5000, silent) == read_manifest(Path(small_corpus.dir))
+    assert prepared(changed, 5000) == read_manifest(Path(small_corpus.dir))
 
 
 OTHER_RECIPES = [
@@ -317,11 +321,12 @@ def test_a_corpus_without_its_manifest_is_made_again(
     (folder / "train-00000.bin").write_bytes(b"\x01\x00")
     (folder / "tokenizer.json").write_text("{")
     (folder / "train-00001.bin").write_bytes(b"\x01\x00")
-    made = prepare(corpus_copy, 300, silent)
+    made = prepared(corpus_copy)
     assert made == read_manifest(Path(small_corpus.dir)) == read_manifest(folder)
     for path in Path(small_corpus.dir).iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
-    SplitReader(folder, made, "train", 16)  # opens every shard of the manifest
+    reader = SplitReader(Corpus.open(str(folder)), "train", 16)
+    assert [shard.fault() for shard in reader.shards] == [None]
 
 
 def test_a_failed_preparation_is_not_taken_for_a_corpus(small_file: Path, tmp_path: Path) -> None:
@@ -333,7 +338,7 @@ def test_a_failed_preparation_is_not_taken_for_a_corpus(small_file: Path, tmp_pa
     assert str(path) in refusal(config)
     assert not (tmp_path / "out" / "manifest.json").exists()
     path.write_text(content)
-    assert sum(split.documents for split in prepare(config, 300, silent).splits.values()) == 60
+    assert sum(split.documents for split in prepared(config).splits.values()) == 60
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"\xff\xfe\x00"])
@@ -346,7 +351,11 @@ def test_a_damaged_manifest_is_refused(corpus_copy: DataConfig, content: bytes) 
 def test_a_manifest_of_another_format_is_refused(corpus_copy: DataConfig) -> None:
     path = Path(corpus_copy.dir) / "manifest.json"
     tree = json.loads(path.read_text())
-    path.write_text(json.dumps(tree | {"format": 2}))
+    for other in (1, 3, "2", None):
+        path.write_text(json.dumps(tree | {"format": other}))
+        assert str(path) in refusal(corpus_copy)
+    del tree["format"]
+    path.write_text(json.dumps(tree | {"version": 2}))
     assert str(path) in refusal(corpus_copy)
 
 
@@ -400,7 +409,7 @@ def test_a_given_tokenizer_is_used_and_kept(
     small_file: Path, own_tokenizer: Path, tmp_path: Path
 ) -> None:
     chosen = TokenizerConfig(path=str(own_tokenizer), eod_token="</s>")
-    made = prepare(config_of(tmp_path / "out", small_file, tokenizer=chosen), 5000, silent)
+    made = prepared(config_of(tmp_path / "out", small_file, tokenizer=chosen), 5000)
     own = Tokenizer.from_file(str(own_tokenizer))
     kept = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert kept.get_vocab() == own.get_vocab()
@@ -436,9 +445,9 @@ def test_a_vocabulary_with_gaps_in_its_ids_is_read_back(
         vocabulary[token] += 1000
     own_tokenizer.write_text(json.dumps(tree))
     chosen = TokenizerConfig(path=str(own_tokenizer), eod_token="</s>")
-    made = prepare(config_of(tmp_path / "out", small_file, tokenizer=chosen), 5000, silent)
-    reader = SplitReader(tmp_path / "out", made, "train", 16)
-    highest = max(int(reader.window(number).max()) for number in range(reader.num_windows))
+    made = prepared(config_of(tmp_path / "out", small_file, tokenizer=chosen), 5000)
+    reader = SplitReader(Corpus.open(str(tmp_path / "out")), "train", 16)
+    highest = max(int(reader.sample(number)[0].max()) for number in range(reader.num_samples))
     assert 1000 < highest < made.tokenizer.vocab_size
 
 
@@ -452,7 +461,7 @@ def rotated(
     """The small corpus in shards of a few hundred tokens."""
     monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 700)
     config = small_corpus.model_copy(update={"dir": str(tmp_path / "rotated")})
-    prepare(config, 300, silent)
+    prepared(config)
     return config
 
 
@@ -485,13 +494,12 @@ def test_the_stream_over_shards_equals_that_over_one(
     """Windows that cross a border between shards are among them."""
     streams = []
     for config in (rotated, small_corpus):
-        folder = Path(config.dir)
-        reader = SplitReader(folder, read_manifest(folder), "train", 16)
-        streams.append(TrainStream(reader, batch_size=4, seed=1))
+        reader = SplitReader(Corpus.open(config.dir), "train", 16)
+        streams.append(TrainStream([reader], batch_size=4, seed=1))
     many, one = streams
-    assert len(many.reader.shards) > len(one.reader.shards) == 1
-    assert any(start % 16 for start in many.reader.starts[1:-1])
-    for _ in range(2 * one.reader.num_windows // 4):
+    assert len(many.readers[0].shards) > len(one.readers[0].shards) == 1
+    assert any(start % 16 for start in many.readers[0].tokens[1:-1])
+    for _ in range(2 * one.readers[0].num_samples // 4):
         got, wanted = next(many), next(one)
         assert got.tokens_BS.equal(wanted.tokens_BS)
         assert got.labels_BS.equal(wanted.labels_BS)
@@ -512,5 +520,5 @@ def test_a_full_disk_is_one_line(tmp_path: Path, data_config: DataConfig) -> Non
     """A real one: writing to the folder fails with ENOSPC after the tokenizer."""
     (tmp_path / "train-00000.bin").symlink_to("/dev/full")
     with pytest.raises(DataError, match=r"cannot write to .*No space left on device"):
-        prepare(data_config.model_copy(update={"dir": str(tmp_path)}), VOCAB_SIZE, silent)
+        prepared(data_config.model_copy(update={"dir": str(tmp_path)}), VOCAB_SIZE)
     assert not (tmp_path / "manifest.json").exists()

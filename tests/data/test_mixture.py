@@ -2,7 +2,6 @@
 
 import itertools
 import random
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -56,7 +55,8 @@ def test_shares_hold_exactly_in_each_whole_round(
         found = np.bincount(corpora, minlength=len(weights)).tolist()
         assert sum(found) == ROUND
         exact = [ROUND * weight / sum(weights) for weight in weights]
-        assert all(abs(a - b) < 1 or b == 1 or min(found) == 1 for a, b in zip(exact, found, strict=True))
+        raised = sum(0 < share < 1 for share in exact)  # at the cost of the largest
+        assert all(abs(a - b) < 1 + raised for a, b in zip(exact, found, strict=True))
         assert quotas is None or found == quotas
         assert turns.weights(number * ROUND) * ROUND == pytest.approx(found)
 
@@ -68,8 +68,7 @@ def test_shares_hold_in_parts_of_a_round_too() -> None:
         part = [turns.turn(first + place)[0] for place in range(1000)]
         assert abs(sum(part) - 750) < 70  # five sigma
     longest = max(
-        len(list(group))
-        for _, group in itertools.groupby(turns.turn(n)[0] for n in range(ROUND))
+        len(list(group)) for _, group in itertools.groupby(turns.turn(n)[0] for n in range(ROUND))
     )
     assert longest < 60
 
@@ -108,11 +107,10 @@ def test_each_phase_has_its_own_shares(seed: int) -> None:
 
 def test_turns_depend_on_seed_and_position_alone() -> None:
     phases = [(0, [1.0, 2.0]), (12_345, [2.0, 1.0])]
-    wanted = [Turns(phases, 5).turn(position) for position in range(0, 40_000, 7)]
     turns = Turns(phases, 5)
-    places = list(enumerate(range(0, 40_000, 7)))
-    random.Random(0).shuffle(places)
-    assert all(turns.turn(position) == wanted[number] for number, position in places)
+    in_order = [turns.turn(position) for position in range(40_000)]
+    for position in random.Random(0).sample(range(40_000), 50):
+        assert Turns(phases, 5).turn(position) == turns.turn(position) == in_order[position]
     other = Turns(phases, 6)
     same = sum(other.turn(n)[0] == turns.turn(n)[0] for n in range(ROUND)) / ROUND
     assert abs(same - 5 / 9) < 0.05  # as by chance
@@ -127,8 +125,8 @@ def test_rounds_have_orders_of_their_own() -> None:
 def test_turns_are_fixed_for_all_time() -> None:
     """Runs resume by them: these values were computed once and may not change."""
     turns = Turns([(0, [1.0, 2.0, 1.0])], 1234)
-    assert [turns.turn(n)[0] for n in range(16)] == FIXED
-    assert turns.turn(10**12 + 5) == LARGE
+    assert [turns.turn(n)[0] for n in range(16)] == [2, 1, 2, 0, 0, 0, 1, 2, 0, 2, 2, 1, 0, 1, 2, 1]
+    assert turns.turn(10**12 + 5) == (2, 250_000_000_003)
 
 
 def test_counts_of_a_far_position_take_no_time() -> None:
@@ -145,7 +143,9 @@ def mixture_of(*phases: tuple[int, dict[str, float]]) -> DataConfig:
     return DataConfig(
         dir="data",
         corpora={name: CorpusConfig() for name in ("code", "text")},
-        mixture=tuple(MixturePhase(from_tokens=first, weights=weights) for first, weights in phases),
+        mixture=tuple(
+            MixturePhase(from_tokens=first, weights=weights) for first, weights in phases
+        ),
         sequence_length=32,
     )
 

@@ -35,7 +35,7 @@ class EvaluationCallback(Callback):
             evaluate_corpora(
                 run.layout,
                 run.validation,
-                corpus_weights(run.turns, config.data, run.stream.position),
+                corpus_weights(run.stream.turns, config.data, run.stream.position),
                 config.train.batch_size,
                 config.evaluation.num_batches,
                 run.token_bytes_V,

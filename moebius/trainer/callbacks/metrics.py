@@ -98,10 +98,11 @@ class MetricsCallback(Callback):
 
 def mixture_metrics(run: Run) -> dict[str, float]:
     """Of each corpus of a mixture, its present weight and its share of all tokens so far."""
-    if run.turns is None:
+    turns = run.stream.turns
+    if turns is None:
         return {}
     position, names = run.stream.position, run.config.data.corpora
-    weights, counts = run.turns.weights(position), run.turns.counts(position)
+    weights, counts = turns.weights(position), turns.counts(position)
     metrics = {}
     for number, name in enumerate(names):
         metrics[f"data/{name}/weight"] = float(weights[number])
