@@ -3,7 +3,7 @@
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,13 +33,19 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path, wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the lock of a file, which is made, as long as the context lasts.
 
-    Raises BlockingIOError where another process holds it. The lock ends with the process, however
-    it ends.
+    Where another process holds it, `wait` is called and then waited; without one BlockingIOError is
+    raised. The lock ends with the process, however it ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if wait is None:
+                raise
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

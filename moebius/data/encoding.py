@@ -49,6 +49,8 @@ CLASSES = (
 """what the patterns are made of, besides characters that stand for themselves"""
 SPACE_BLOCK = 100_000
 """length of a blank block that goes to tokenizers; tiktoken fails on a million spaces"""
+UNUSED_TOKEN = "<|none|>"
+"""the special token of tiktoken, which without any finds an empty one everywhere, slowly"""
 
 
 class Encoder:
@@ -69,18 +71,23 @@ class Encoder:
         """Ids of each text, without special tokens. Raises TypeError on a lone surrogate."""
         if self.fast is None:
             return self._by_tokenizers(texts)
-        # Those of ASCII are known.
         self.characters.check(set().union(*(text for text in texts if not text.isascii())))
-        suits = [
-            (text.isascii() or self.characters.all_alike(text)) and not _has_long_blank(text)
-            for text in texts
-        ]
+        suits = [self._suits(text) for text in texts]
         rest = [text for text, suit in zip(texts, suits, strict=True) if not suit]
         others = iter(self._by_tokenizers(rest))
         return [
             self.fast.encode_to_numpy(text, disallowed_special=()) if suit else next(others)
             for text, suit in zip(texts, suits, strict=True)
         ]
+
+    def _suits(self, text: str) -> bool:
+        """Whether tiktoken may encode a text whose characters have been checked."""
+        return (
+            (text.isascii() or self.characters.all_alike(text))
+            # Some versions of tiktoken find special tokens unasked.
+            and UNUSED_TOKEN not in text
+            and not _has_long_blank(text)
+        )
 
     def _by_tokenizers(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -161,12 +168,10 @@ def _to_tiktoken(tokenizer: Tokenizer) -> tiktoken.Encoding | None:
     if spec["added_tokens"] and not (special and tokenizer.encode_special_tokens):
         return None
     pattern = _pattern(spec["pre_tokenizer"])
-    ranks = _ranks(spec["model"])
+    ranks = _ranks(spec["model"], tokenizer.get_vocab(with_added_tokens=False))
     if pattern is None or ranks is None:
         return None
-    # tiktoken searches for special tokens even where none is allowed; an empty list would be
-    # searched as the empty string, which is everywhere.
-    unused = {"<|none|>": max(ranks.values()) + 1}
+    unused = {UNUSED_TOKEN: max(ranks.values()) + 1}
     return tiktoken.Encoding(
         "tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens=unused
     )
@@ -192,13 +197,12 @@ def _pattern(pre_tokenizer: object) -> str | None:
     return None
 
 
-def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
+def _ranks(model: dict[str, Any], vocab: dict[str, int]) -> dict[bytes, int] | None:
     """Ids of the tokens that tiktoken may make; None where no such set gives the same ids."""
     unsupported = ("dropout", "unk_token", "byte_fallback")
     affixes = ("continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or any(model[key] for key in (*unsupported, *affixes)):
         return None
-    vocab: dict[str, int] = model["vocab"]
     merges = [(left, right) for left, right in model["merges"]]
     results = [vocab[left + right] for left, right in merges]
     if any(later < earlier for earlier, later in itertools.pairwise(results)):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,12 +108,9 @@ def prepare_corpus(
     if (folder / MANIFEST_NAME).exists():
         return _found(folder, recipe)
     with ExitStack() as stack:
+        waiting = partial(workshop.report, f"another process prepares {folder}, waiting for it")
         try:
-            stack.enter_context(exclusive(folder / "lock"))
-        except BlockingIOError:
-            raise DataError(
-                f"data.dir: '{folder}' is being prepared by another process", "wait for it"
-            ) from None
+            stack.enter_context(exclusive(folder / "lock", waiting))
         except OSError as error:
             raise _unwritable(folder, error) from error
         if (folder / MANIFEST_NAME).exists():  # by the process that held the lock before

@@ -152,15 +152,7 @@ class Shard:
         pieces = slice(start * size // PIECE, (end * size - 1) // PIECE + 1)
         if not opened.checked[pieces].all():
             self._check(opened, pieces)
-        found = opened.tokens[start:end].astype(np.int64)
-        if found.size and (found.max() >= self.vocab_size or found.min() < 0):
-            bad = int(np.argmax((found >= self.vocab_size) | (found < 0)))
-            raise DataError(
-                f"data: '{self._path('bin')}' holds token id {found[bad]} at position "
-                f"{start + bad}, allowed: 0 to {self.vocab_size - 1}",
-                "the corpus was made for another tokenizer, delete its folder to rebuild",
-            )
-        return found
+        return opened.tokens[start:end].astype(np.int64)
 
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each document, `[documents]`, its end-of-document token included."""
@@ -241,7 +233,8 @@ class Shard:
         if fault is not None:
             raise self._error(fault)
         checked = np.zeros(len(sums) // DIGEST, dtype=np.bool_)
-        return _Open(np.memmap(path, dtype=self.dtype, mode="r"), sums, checked)
+        mapped = np.memmap(path, dtype=self.dtype, mode="r").view(np.ndarray)
+        return _Open(mapped, sums, checked)
 
     def _check(self, opened: _Open, pieces: slice) -> None:
         content = opened.tokens.view(np.uint8)
@@ -255,7 +248,19 @@ class Shard:
                 raise self._error(
                     Fault(f"{self.entry.name}.bin", f"is damaged: {where} are not those prepared")
                 )
+            self._check_ids(part.view(self.dtype), piece * PIECE // self.dtype.itemsize)
             opened.checked[piece] = True
+
+    def _check_ids(self, tokens: NDArray[np.generic], first: int) -> None:
+        ids = tokens.astype(np.int64)
+        is_bad = (ids >= self.vocab_size) | (ids < 0)
+        if is_bad.any():
+            bad = int(np.argmax(is_bad))
+            raise DataError(
+                f"data: '{self._path('bin')}' holds token id {ids[bad]} at position "
+                f"{first + bad}, allowed: 0 to {self.vocab_size - 1}",
+                "the corpus was made for another tokenizer, delete its folder to rebuild",
+            )
 
     def _path(self, kind: str) -> Path:
         return self.storage.folder / f"{self.entry.name}.{kind}"

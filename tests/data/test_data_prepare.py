@@ -1,8 +1,15 @@
 """A prepared corpus holds its documents, each in its split, and says what made it."""
 
+import fcntl
+import gc
 import hashlib
+import itertools
 import json
+import random
+import resource
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +19,20 @@ from tokenizers import Tokenizer
 
 from moebius.data import encode as encode_module
 from moebius.data import prepare as prepare_module
-from moebius.data.config import DataConfig, FilesSource, HubSource, TokenizerConfig
+from moebius.data.config import (
+    CorpusConfig,
+    DataConfig,
+    FilesSource,
+    HubSource,
+    TokenizerConfig,
+    TokensSource,
+)
 from moebius.data.corpus import Corpus, SplitReader
+from moebius.data.journal import SplitWriter
 from moebius.data.manifest import Manifest, read_manifest
 from moebius.data.prepare import Workshop, is_validation, prepare
 from moebius.data.stream import TrainStream
-from moebius.data.tokenizer import train_tokenizer
+from moebius.data.tokenizer import load_tokenizer, train_tokenizer
 from moebius.errors import DataError
 from tests.conftest import QUIET, VOCAB_SIZE
 
@@ -131,8 +146,10 @@ def test_totals_are_those_of_the_shards(
         assert split.documents == len(texts)
         total_documents += len(texts)
         for shard in split.shards:
-            content = (folder / f"{shard.name}.bin").read_bytes()
-            assert shard.sha256 == hashlib.sha256(content).hexdigest()
+            kinds = {"bin": shard.sha256, "idx": shard.index_sha256, "sums": shard.sums_sha256}
+            for kind, expected in kinds.items():
+                content = (folder / f"{shard.name}.{kind}").read_bytes()
+                assert hashlib.sha256(content).hexdigest() == expected
     assert set(manifest.splits) == {"train", "validation"}
     assert total_documents == len(source_texts(corpus_file))
 
@@ -363,12 +380,15 @@ def test_a_manifest_written_is_the_manifest_read(small_corpus: DataConfig) -> No
     """No temporary file is left beside it."""
     folder = Path(small_corpus.dir)
     assert sorted(path.name for path in folder.iterdir()) == [
+        "lock",
         "manifest.json",
         "tokenizer.json",
         "train-00000.bin",
         "train-00000.idx",
+        "train-00000.sums",
         "validation-00000.bin",
         "validation-00000.idx",
+        "validation-00000.sums",
     ]
     assert Manifest.model_validate_json((folder / "manifest.json").read_bytes()) == read_manifest(
         folder
@@ -516,9 +536,437 @@ def test_another_tokenizer_beside_the_shards_is_noticed(
         read_manifest(tmp_path / "nowhere")
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, data_config: DataConfig) -> None:
-    """A real one: writing to the folder fails with ENOSPC after the tokenizer."""
-    (tmp_path / "train-00000.bin").symlink_to("/dev/full")
-    with pytest.raises(DataError, match=r"cannot write to .*No space left on device"):
-        prepared(data_config.model_copy(update={"dir": str(tmp_path)}), VOCAB_SIZE)
+@pytest.mark.parametrize("name", ["progress.json.tmp", "train-00000.idx", "validation-00000.sums"])
+def test_a_full_disk_is_one_line(
+    small_corpus: DataConfig, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one: writing a file of the folder fails with ENOSPC after the tokenizer. There is a
+    corpus as soon as there is room."""
+    config = small_corpus.model_copy(update={"dir": str(tmp_path)})
+    monkeypatch.setattr(
+        prepare_module, "clear", lambda folder: (folder / name).symlink_to("/dev/full")
+    )
+    with pytest.raises(DataError, match=r"cannot write to .*No space left on device") as caught:
+        prepared(config)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "manifest.json").exists()
+    (tmp_path / name).unlink()
+    monkeypatch.undo()
+    assert prepared(config) == read_manifest(Path(small_corpus.dir))
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond a size, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [100, 2000, 9000, 20_000, 50_000])
+@pytest.mark.parametrize("id_field", [None, "id"])
+def test_a_disk_that_becomes_full_anywhere_is_one_line(
+    tmp_path: Path, size: int, id_field: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the preparation goes on when there is room."""
+    monkeypatch.setattr(prepare_module, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(encode_module, "BATCH_DOCUMENTS", 20)
+    rows_with_ids(tmp_path / "a.jsonl", repeated_ids(400))
+    source = FilesSource(paths=(str(tmp_path / "a.jsonl"),), id_field=id_field)
+    config = config_of(tmp_path / "out", source=source)
+    try:
+        with files_up_to(size):
+            prepared(config)
+    except DataError as error:
+        message = str(error)
+        assert "data.dir: cannot" in message
+        assert "\n" not in message
+        assert not (tmp_path / "out" / "manifest.json").exists()
+    gc.collect()
+    assert prepared(config) == prepared(config.model_copy(update={"dir": str(tmp_path / "whole")}))
+
+
+# A preparation that was interrupted.
+
+
+class StopError(Exception):
+    """Raised in place of an interruption."""
+
+
+def interrupt(config: DataConfig, at: int, processes: int = 1) -> bool:
+    """Prepare up to a number of batches; whether that was before the end."""
+    batches = itertools.count(1)
+
+    def stop(done: int, total: int | None) -> None:
+        if next(batches) == at:
+            raise StopError
+
+    try:
+        prepare(config, 300, Workshop(lambda line: None, stop, processes))
+    except StopError:
+        return True
+    return False
+
+
+def all_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def journaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal is written after each batch, batches and shards are small."""
+    monkeypatch.setattr(prepare_module, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 3000)
+    monkeypatch.setattr(encode_module, "BATCH_DOCUMENTS", 7)
+
+
+@pytest.mark.usefixtures("journaled")
+def test_an_interrupted_preparation_goes_on_where_it_was(
+    small_corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each batch: the same files, and no document before the journal's is encoded again."""
+    whole = small_corpus.model_copy(update={"dir": str(tmp_path / "whole")})
+    prepared(whole)
+    encoded: list[str] = []
+    encode = encode_module._encode
+
+    def counted(encoder: Any, documents: list[Any]) -> Any:
+        encoded.extend(document.id for document in documents)
+        return encode(encoder, documents)
+
+    monkeypatch.setattr(encode_module, "_encode", counted)
+    at = 1
+    while True:
+        config = small_corpus.model_copy(update={"dir": str(tmp_path / str(at))})
+        if not interrupt(config, at):
+            break
+        assert not (tmp_path / str(at) / "manifest.json").exists()
+        encoded.clear()
+        said: list[str] = []
+        prepare(config, 300, Workshop(said.append))
+        first = 7 * (at - 1)  # it was interrupted before the journal was written
+        assert [name.split(":")[1] for name in encoded] == [str(n) for n in range(first, 60)]
+        assert any(f"after {first} documents" in line for line in said) == (at > 1)
+        assert all_files(tmp_path / str(at)) == all_files(tmp_path / "whole")
+        at += 1
+    assert at == 10  # 60 documents are 9 batches
+
+
+@pytest.mark.usefixtures("journaled")
+def test_a_preparation_may_be_interrupted_again_and_again(
+    small_corpus: DataConfig, tmp_path: Path
+) -> None:
+    config = small_corpus.model_copy(update={"dir": str(tmp_path / "out")})
+    times = 0
+    while interrupt(config, 2):
+        times += 1
+    assert times == 8
+    prepared(small_corpus.model_copy(update={"dir": str(tmp_path / "whole")}))
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "whole")
+
+
+def change_recipe(folder: Path) -> None:
+    path = folder / "progress.json"
+    tree = json.loads(path.read_text())
+    tree["recipe"]["validation_fraction"] = 0.3
+    path.write_text(json.dumps(tree))
+
+
+def cut_lengths(folder: Path) -> None:
+    path = sorted(folder.glob("train-*.lengths"))[0]
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def cut_tokens(folder: Path) -> None:
+    path = sorted(folder.glob("train-*.lengths"))[0]
+    path.with_suffix(".bin").write_bytes(b"\x01\x00")
+
+
+REMAINS = [
+    pytest.param(lambda folder: (folder / "progress.json").write_text("{"), id="journal"),
+    pytest.param(lambda folder: (folder / "progress.json").unlink(), id="no journal"),
+    pytest.param(change_recipe, id="recipe"),
+    pytest.param(lambda folder: (folder / "tokenizer.json").write_text("{}"), id="tokenizer"),
+    pytest.param(lambda folder: (folder / "tokenizer.json").unlink(), id="no tokenizer"),
+    pytest.param(cut_lengths, id="lengths"),
+    pytest.param(cut_tokens, id="tokens"),
+    pytest.param(lambda folder: (folder / "train-00000.bin").unlink(), id="no shard"),
+]
+
+
+@pytest.mark.usefixtures("journaled")
+@pytest.mark.parametrize("damage", REMAINS)
+def test_what_cannot_be_gone_on_from_is_made_anew(
+    small_corpus: DataConfig, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """The remains of another preparation, or of this one and a broken disk."""
+    config = small_corpus.model_copy(update={"dir": str(tmp_path / "out")})
+    assert interrupt(config, 7)
+    assert len(list((tmp_path / "out").glob("train-*.idx"))) > 1
+    damage(tmp_path / "out")
+    prepared(config)
+    prepared(small_corpus.model_copy(update={"dir": str(tmp_path / "whole")}))
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("journaled")
+def test_another_recipe_does_not_go_on(small_corpus: DataConfig, tmp_path: Path) -> None:
+    config = small_corpus.model_copy(update={"dir": str(tmp_path / "out")})
+    assert interrupt(config, 5)
+    other = config.model_copy(update={"validation_fraction": 0.3})
+    prepared(other)
+    prepared(other.model_copy(update={"dir": str(tmp_path / "whole")}))
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("journaled")
+def test_a_source_that_was_repaired_goes_on(
+    small_file: Path, own_tokenizer: Path, tmp_path: Path
+) -> None:
+    """The documents before the broken place are not read again."""
+    path = tmp_path / "a.jsonl"
+    lines = small_file.read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines]
+    path.write_text("".join([*lines[:40], '{"text": 7}\n', *lines[41:]]))
+    chosen = TokenizerConfig(path=str(own_tokenizer), eod_token="</s>")
+    config = config_of(tmp_path / "out", path, tokenizer=chosen)
+    with pytest.raises(DataError, match=r"data\.source"):
+        prepared(config)
+    path.write_text("".join(lines))
+    said: list[str] = []
+    prepare(config, 300, Workshop(said.append))
+    assert any("going on after 35 documents" in line for line in said)
+    made = read_manifest(tmp_path / "out")
+    both = [text for name in made.splits for text in decoded(tmp_path / "out", made, name)]
+    assert sorted(both) == sorted(row["text"] for row in rows)
+
+
+def test_two_preparations_of_one_folder_are_refused(
+    small_corpus: DataConfig, tmp_path: Path
+) -> None:
+    config = small_corpus.model_copy(update={"dir": str(tmp_path)})
+    with (tmp_path / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "is being prepared by another process" in refusal(config)
+    prepared(config)
+
+
+# Ids from the source.
+
+
+def rows_with_ids(path: Path, ids: list[str]) -> list[dict[str, str]]:
+    """Rows of distinct texts with such ids, written to a file."""
+    rows = [{"text": f"text {number} of {name}", "id": name} for number, name in enumerate(ids)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def repeated_ids(count: int) -> list[str]:
+    """Each about twice, near and far from each other."""
+    rng = random.Random(count)
+    return [f"id-{rng.randrange(count // 2)}" for _ in range(count)]
+
+
+def ids_config(tmp_path: Path, *names: str) -> DataConfig:
+    source = FilesSource(paths=tuple(str(tmp_path / name) for name in names), id_field="id")
+    return config_of(tmp_path / "out", source=source)
+
+
+@pytest.mark.parametrize("batch", [7, 1000])
+def test_of_documents_with_the_same_id_the_first_is_kept(
+    tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Across files and batches; the ids decide the splits, and the manifest counts the others."""
+    monkeypatch.setattr(encode_module, "BATCH_DOCUMENTS", batch)
+    ids = repeated_ids(200)
+    rows = rows_with_ids(tmp_path / "a.jsonl", ids[:120])
+    rows += rows_with_ids(tmp_path / "b.jsonl", ids[120:])
+    said: list[str] = []
+    config = ids_config(tmp_path, "a.jsonl", "b.jsonl")
+    made = prepare(config, 300, Workshop(said.append)).first.manifest
+    expected: dict[str, list[str]] = {"train": [], "validation": []}
+    seen: set[str] = set()
+    for row in rows:
+        if row["id"] not in seen:
+            seen.add(row["id"])
+            name = "validation" if held_out(row["id"], 0.2) else "train"
+            expected[name].append(row["text"])
+    for name, texts in expected.items():
+        assert decoded(tmp_path / "out", made, name) == texts
+    assert made.duplicates == 200 - len(seen) > 50
+    assert any(f"{made.duplicates} documents left out" in line for line in said)
+    assert not list((tmp_path / "out").glob("ids.*"))
+    assert read_manifest(tmp_path / "out") == made
+
+
+def test_without_an_id_field_nothing_is_left_out(tmp_path: Path) -> None:
+    rows_with_ids(tmp_path / "a.jsonl", ["same"] * 40)
+    made = prepared(config_of(tmp_path / "out", tmp_path / "a.jsonl"))
+    assert sum(split.documents for split in made.splits.values()) == 40
+    assert made.duplicates == 0
+
+
+@pytest.mark.usefixtures("journaled")
+def test_duplicates_are_counted_once_however_often_it_was_interrupted(tmp_path: Path) -> None:
+    """Those before and after an interruption know each other."""
+    rows_with_ids(tmp_path / "a.jsonl", repeated_ids(120))
+    config = ids_config(tmp_path, "a.jsonl")
+    whole = prepared(config.model_copy(update={"dir": str(tmp_path / "whole")}))
+    assert whole.duplicates > 30
+    for at in (3, 8):
+        again = config.model_copy(update={"dir": str(tmp_path / f"every-{at}")})
+        while interrupt(again, at):
+            gc.collect()  # lets go of the database of ids, as a process that ends does
+        assert read_manifest(Path(again.dir)) == whole
+        assert bin_bytes(Path(again.dir)) == bin_bytes(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("journaled")
+@pytest.mark.parametrize("closed", [0, 1])
+def test_ids_are_known_until_the_shards_are_closed(
+    tmp_path: Path, closed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashing the last shards takes a while, in which a preparation may be killed."""
+    rows_with_ids(tmp_path / "a.jsonl", repeated_ids(200))
+    config = ids_config(tmp_path, "a.jsonl")
+    whole = prepared(config.model_copy(update={"dir": str(tmp_path / "whole")}))
+    close, splits = SplitWriter.close, itertools.count()
+
+    def stopped(self: SplitWriter) -> Any:
+        if next(splits) == closed:
+            raise StopError
+        return close(self)
+
+    def rarely(done: int, total: int | None) -> None:
+        if done > 1000:
+            monkeypatch.setattr(prepare_module, "JOURNAL_SECONDS", 1e9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitWriter, "close", stopped)
+        with pytest.raises(StopError):
+            prepare(config, 300, Workshop(lambda line: None, rarely))
+    gc.collect()
+    journal = json.loads((tmp_path / "out" / "progress.json").read_text())
+    assert 0 < journal["documents"] < 200
+    assert prepared(config) == whole
+
+
+# Processes.
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_several_processes_write_the_same_corpus(
+    small_file: Path, tmp_path: Path, with_ids: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_module, "SMALL_BYTES", 0)
+    monkeypatch.setattr(encode_module, "BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 700)
+    if with_ids:
+        rows_with_ids(tmp_path / small_file.name, repeated_ids(100))
+    else:
+        shutil.copy(small_file, tmp_path)
+    config = ids_config(tmp_path, small_file.name)
+    if not with_ids:
+        config = config_of(tmp_path / "out", tmp_path / small_file.name)
+    for processes in (1, 2):
+        changed = config.model_copy(update={"dir": str(tmp_path / str(processes))})
+        prepare(changed, 300, Workshop(lambda line: None, processes=processes))
+    assert all_files(tmp_path / "2") == all_files(tmp_path / "1")
+
+
+def test_an_error_in_another_process_is_one_line(
+    own_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_module, "SMALL_BYTES", 0)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n{"text": "bad \\ud800"}\n')
+    chosen = TokenizerConfig(path=str(own_tokenizer), eod_token="</s>")
+    config = config_of(tmp_path / "out", path, tokenizer=chosen)
+    with pytest.raises(DataError, match=r"data.source") as caught:
+        prepare(config, 300, Workshop(lambda line: None, processes=2))
+    assert "\n" not in str(caught.value)
+
+
+# Token files.
+
+
+@pytest.mark.usefixtures("journaled")
+def test_token_files_go_on_in_the_right_file(
+    small_file: Path, own_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Documents are numbered in each file; several batches in each of several files."""
+    tokenizer = load_tokenizer(own_tokenizer)
+    texts = source_texts(small_file)
+    eod = tokenizer.token_to_id("</s>")
+    for number in range(3):
+        part = [[*tokenizer.encode(text).ids, eod] for text in texts[20 * number :][:20]]
+        tokens = np.array([token for ids in part for token in ids], dtype="<u2")
+        tokens.tofile(tmp_path / f"{number}.bin")
+    config = config_of(
+        tmp_path / "out",
+        source=TokensSource(kind="tokens", paths=(str(tmp_path / "*.bin"),), dtype="uint16"),
+        tokenizer=TokenizerConfig(path=str(own_tokenizer), eod_token="</s>"),
+    )
+    whole = prepared(config.model_copy(update={"dir": str(tmp_path / "whole")}))
+    both = [text for name in whole.splits for text in decoded(tmp_path / "whole", whole, name)]
+    assert sorted(both) == sorted(texts)
+    assert sum(split.bytes for split in whole.splits.values()) == len("".join(texts).encode())
+    for at in range(1, 10):
+        again = config.model_copy(update={"dir": str(tmp_path / f"at-{at}")})
+        assert interrupt(again, at)
+        prepared(again)
+        assert all_files(tmp_path / f"at-{at}") == all_files(tmp_path / "whole")
+
+
+# Several corpora.
+
+
+def test_corpora_of_a_mixture_share_a_tokenizer(small_file: Path, tmp_path: Path) -> None:
+    """Trained on all of them, or that of one which is there already."""
+    texts = {
+        "one": [f"alpha alpha {n}" for n in range(30)],
+        "two": [f"omega {n}" for n in range(30)],
+    }
+    for name, content in texts.items():
+        write_texts(tmp_path / f"{name}.jsonl", content)
+    files = {name: FilesSource(paths=(str(tmp_path / f"{name}.jsonl"),)) for name in texts}
+    config = DataConfig(
+        dir=str(tmp_path / "out"),
+        source=None,
+        corpora={name: CorpusConfig(source=source) for name, source in files.items()},
+        validation_fraction=0.2,
+    )
+    made = prepare(config, 300, QUIET)
+    vocabulary = load_tokenizer(made.tokenizer_file).get_vocab()
+    assert any("alpha" in token for token in vocabulary)
+    assert any("omega" in token for token in vocabulary)
+    for name, corpus in made.members.items():
+        folder = tmp_path / "out" / name
+        assert corpus.storage.folder == folder
+        assert corpus.manifest.tokenizer == made.tokenizer
+        splits = corpus.manifest.splits
+        both = [text for split in splits for text in decoded(folder, corpus.manifest, split)]
+        assert sorted(both) == sorted(texts[name])
+    before = {name: state_of(tmp_path / "out" / name) for name in texts}
+    shutil.rmtree(tmp_path / "out" / "two")
+    again = prepare(config, 300, QUIET)
+    assert again.fingerprint == made.fingerprint
+    assert state_of(tmp_path / "out" / "one") == before["one"]
+
+
+def test_corpora_of_two_tokenizers_are_refused(
+    small_file: Path, small_corpus: DataConfig, tmp_path: Path
+) -> None:
+    prepared(config_of(tmp_path / "other", small_file), 310)
+    folders = {"a": small_corpus.dir, "b": str(tmp_path / "other")}
+    config = DataConfig(
+        dir=str(tmp_path),
+        source=None,
+        corpora={name: CorpusConfig(dir=folder) for name, folder in folders.items()},
+    )
+    message = refusal(config)
+    assert message.startswith("data.corpora.b")
+    assert "another tokenizer" in message

@@ -1,6 +1,11 @@
 """Documents come complete, in a fixed order and under ids that depend on no machine."""
 
+import bz2
+import gzip
+import importlib.util
+import itertools
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -12,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moebius.data.config import FilesSource, HubSource, StdlibSource
-from moebius.data.sources import Document, documents
+from moebius.data.config import FilesSource, HubSource, HubStreamSource, StdlibSource
+from moebius.data.sources import Document, Documents, TextSource, documents
 from moebius.errors import DataError
 
 TEXTS = [
@@ -29,19 +34,22 @@ def stdlib() -> list[Document]:
     return list(documents(StdlibSource()))
 
 
-def read(*paths: Path | str, text_field: str = "text") -> list[Document]:
-    source = FilesSource(paths=tuple(str(path) for path in paths), text_field=text_field)
-    return list(documents(source))
+def source_of(*paths: Path | str, **fields: Any) -> FilesSource:
+    return FilesSource(paths=tuple(str(path) for path in paths), **fields)
+
+
+def read(*paths: Path | str, **fields: Any) -> list[Document]:
+    return list(documents(source_of(*paths, **fields)))
 
 
 def texts(*paths: Path | str) -> list[str]:
     return [document.text for document in read(*paths)]
 
 
-def refusal(*paths: Path | str, text_field: str = "text") -> str:
+def refusal(*paths: Path | str, **fields: Any) -> str:
     """The message with which a source is refused; it is one line."""
     with pytest.raises(DataError) as caught:
-        read(*paths, text_field=text_field)
+        read(*paths, **fields)
     message = str(caught.value)
     assert message
     assert "\n" not in message
@@ -54,9 +62,23 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif path.suffix == ".arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
     else:
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
     return path
+
+
+def compressed(path: Path, suffix: str) -> Path:
+    """The file in a compressed one beside it, which takes its place."""
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[suffix]
+    target = path.with_name(path.name + suffix)
+    with opened(target, "wb") as file:
+        file.write(path.read_bytes())
+    path.unlink()
+    return target
 
 
 def test_stdlib_gives_the_modules_of_the_interpreter(stdlib: list[Document]) -> None:
@@ -84,10 +106,69 @@ def test_stdlib_reads_the_same_twice(stdlib: list[Document]) -> None:
     assert list(documents(StdlibSource())) == stdlib
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow"])
 def test_rows_give_their_texts_in_order(tmp_path: Path, suffix: str) -> None:
     path = write_rows(tmp_path / f"rows{suffix}", [{"text": text, "n": 1} for text in TEXTS])
     assert texts(path) == TEXTS
+
+
+def test_an_arrow_file_may_have_a_footer_or_none(tmp_path: Path) -> None:
+    """The format of files and the one of streams, which `datasets` caches."""
+    table = pa.Table.from_pylist([{"text": text} for text in TEXTS])
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    assert texts(tmp_path / "a.arrow") == TEXTS
+
+
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_compressed_file_gives_the_rows_of_the_file(
+    tmp_path: Path, suffix: str, compression: str
+) -> None:
+    path = write_rows(tmp_path / f"rows{suffix}", [{"text": text} for text in TEXTS])
+    found = read(compressed(path, compression))
+    assert [document.text for document in found] == TEXTS
+    assert [document.id for document in found] == [
+        f"rows{suffix}{compression}:{number}" for number in range(len(TEXTS))
+    ]
+
+
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz"])
+def test_a_compressed_text_file_is_one_document(tmp_path: Path, compression: str) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    path = compressed(tmp_path / "a.txt", compression)
+    assert texts(path) == ["\n".join(TEXTS)]
+    assert [d.text for d in read(path, text_field="body")] == ["\n".join(TEXTS)]
+
+
+def test_a_zst_file_is_read_or_says_what_is_missing(tmp_path: Path) -> None:
+    """Its library is not among those of Python."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in TEXTS])
+    target = tmp_path / "rows.jsonl.zst"
+    if pa.Codec.is_available("zstd"):
+        with pa.output_stream(target, compression="zstd") as file:
+            file.write(path.read_bytes())
+    if importlib.util.find_spec("zstandard") is None:
+        assert "zst" in refusal(target)
+    else:
+        assert texts(target) == TEXTS
+
+
+def test_bytes_are_told_where_they_are_known(tmp_path: Path) -> None:
+    """Of plain files the size, of parquet about that of the rows; compressed ones do not tell."""
+    rows = [{"text": text} for text in TEXTS * 50]
+    plain = write_rows(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.txt").write_text("12345")
+    table = write_rows(tmp_path / "c.parquet", rows)
+    sizes = [documents(source_of(path)).num_bytes for path in (plain, tmp_path / "b.txt", table)]
+    assert sizes[:2] == [plain.stat().st_size, 5]
+    assert sizes[2] is not None
+    assert 0.5 < sizes[2] / sum(len(row["text"].encode()) for row in rows) < 2
+    both = documents(source_of(plain, tmp_path / "b.txt"))
+    assert both.num_bytes == plain.stat().st_size + 5
+    packed = compressed(plain, ".gz")
+    assert documents(source_of(packed)).num_bytes is None
+    assert documents(source_of(packed, tmp_path / "b.txt")).num_bytes is None
 
 
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
@@ -111,7 +192,7 @@ def test_a_jsonl_file_larger_than_any_read_buffer_gives_every_row(tmp_path: Path
     assert all(len(text) == len(long) + 2 for text in texts(path))
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow"])
 def test_text_field_chooses_the_column(tmp_path: Path, suffix: str) -> None:
     rows = [{"text": "no", "body": text} for text in TEXTS]
     path = write_rows(tmp_path / f"rows{suffix}", rows)
@@ -196,6 +277,26 @@ def test_an_empty_file_holds_no_rows(tmp_path: Path) -> None:
     assert texts(tmp_path / "*.jsonl") == ["a"]
 
 
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz"])
+def test_an_empty_file_that_is_compressed_holds_no_rows(tmp_path: Path, compression: str) -> None:
+    (tmp_path / "0.jsonl").write_text("")
+    compressed(tmp_path / "0.jsonl", compression)
+    compressed(write_rows(tmp_path / "1.jsonl", [{"text": "a"}]), compression)
+    assert texts(tmp_path / "*.jsonl*") == ["a"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_table_without_rows_holds_none(tmp_path: Path, suffix: str) -> None:
+    rows = pa.table({"text": pa.array([], pa.string())})
+    if suffix == ".parquet":
+        pq.write_table(rows, tmp_path / "0.parquet")
+    else:
+        with pa.ipc.new_stream(tmp_path / "0.arrow", rows.schema) as writer:
+            writer.write_table(rows)
+    write_rows(tmp_path / f"1{suffix}", [{"text": "a"}])
+    assert texts(tmp_path / f"*{suffix}") == ["a"]
+
+
 def test_a_pattern_without_matches_is_refused(tmp_path: Path) -> None:
     """Even when other patterns do match."""
     (tmp_path / "a.txt").write_text("a")
@@ -208,8 +309,16 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("text\na\n")
     message = refusal(tmp_path / "table.csv")
     assert str(tmp_path / "table.csv") in message
-    for suffix in (".txt", ".jsonl", ".json", ".parquet"):
+    for suffix in (".txt", ".jsonl", ".json", ".parquet", ".arrow", ".gz", ".zst"):
         assert suffix in message
+
+
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.arrow.xz", "a.gz", "a.csv.gz", "gz", ".gz"])
+def test_an_unknown_kind_of_compressed_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"PAR1"))
+    message = refusal(tmp_path / name)
+    assert str(tmp_path / name) in message
+    assert "may be compressed" in message
 
 
 @pytest.mark.parametrize("content", ['{"text": "a"}\n{text\n', '{"text": "a"}\n{"text": "b'])
@@ -226,6 +335,11 @@ def test_a_malformed_json_line_is_refused(tmp_path: Path, content: str) -> None:
         ("b.parquet", b""),
         ("a.txt", b"latin-1: \xe9"),
         ("a.json", b"3"),
+        ("a.arrow", b"ARROW1 but no table"),
+        ("a.jsonl.gz", b"not compressed"),
+        ("b.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20]),
+        ("c.txt.xz", lzma.compress(b"text" * 1000)[:-20]),
+        ("d.jsonl.gz", gzip.compress(b'{"text": "a"}\n{text\n')),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
@@ -256,6 +370,54 @@ def test_one_row_without_text_among_many_is_refused_by_its_number(tmp_path: Path
     assert f"'{path}' row 2" in refusal(path)
 
 
+# Ids from the source.
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow"])
+def test_id_field_gives_the_ids(tmp_path: Path, suffix: str) -> None:
+    """Text or numbers, as they are; the same ones twice, too: who writes a corpus leaves out."""
+    ids = ["a", "b/c", "a", ""]
+    rows = [{"text": text, "key": name} for text, name in zip(TEXTS, ids, strict=True)]
+    path = write_rows(tmp_path / f"rows{suffix}", rows)
+    found = read(path, id_field="key")
+    assert [document.id for document in found] == ids
+    assert [document.text for document in found] == TEXTS
+    rows = [{"text": text, "key": number} for number, text in enumerate(TEXTS)]
+    path = write_rows(tmp_path / f"rows{suffix}", rows)
+    assert [document.id for document in read(path, id_field="key")] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("value", [None, ["a"], {"a": "b"}])
+def test_an_id_that_is_none_is_refused(tmp_path: Path, value: object) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "key": value}])
+    message = refusal(path, id_field="key")
+    assert "data.source.id_field" in message
+    assert "'key'" in message
+    assert f"'{path}' row 0" in message
+
+
+def test_a_missing_id_field_is_refused_with_the_columns_there_are(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "key": "b"}])
+    message = refusal(path, id_field="id")
+    assert "data.source.id_field" in message
+    assert "key" in message
+
+
+def test_a_name_with_txt_inside_is_no_text_file(tmp_path: Path) -> None:
+    """What counts is the last suffix that is not of a compression."""
+    row = {"body": "the text", "key": "k", "text": "other"}
+    path = write_rows(tmp_path / "dump.txt.jsonl", [row])
+    assert read(path, text_field="body", id_field="key") == [Document("k", "the text")]
+
+
+def test_text_files_have_their_names_for_ids(tmp_path: Path) -> None:
+    """Beside files with ids."""
+    (tmp_path / "a.txt").write_text("a text")
+    write_rows(tmp_path / "b.jsonl", [{"text": "a row", "key": "k"}])
+    found = read(tmp_path / "a.txt", tmp_path / "b.jsonl", id_field="key")
+    assert found == [Document("a.txt:0", "a text"), Document("k", "a row")]
+
+
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set as `datasets` finds it on the hub, in a local folder."""
@@ -279,6 +441,31 @@ def test_max_documents_limits_a_data_set(data_set: Path, limit: int) -> None:
     assert [document.text for document in documents(source)] == TEXTS[:limit]
 
 
+def test_a_data_set_may_be_downloaded_first(data_set: Path, tmp_path: Path) -> None:
+    """The same documents; in a process of its own, which keeps its copy in the test's folder."""
+    program = (
+        "import sys\n"
+        "from moebius.data.config import HubSource\n"
+        "from moebius.data.sources import Documents\n"
+        "source = HubSource(name=sys.argv[1], streaming=False)\n"
+        "found = list(Documents(source))\n"
+        "streamed = list(Documents(HubSource(name=sys.argv[1])))\n"
+        "assert len(found) == 4 and found == streamed\n"
+        "for number in range(5):\n"
+        "    first = Documents(source)\n"
+        "    reading = iter(first)\n"
+        "    for _ in range(number):\n"
+        "        next(reading)\n"
+        "    assert list(Documents(source, first.state())) == found[number:], number\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, str(data_set)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        timeout=60,
+        check=True,
+    )
+
+
 @pytest.mark.parametrize("change", [{"split": "missing"}, {"subset": "missing"}])
 def test_a_part_that_a_data_set_lacks_is_refused(data_set: Path, change: dict[str, str]) -> None:
     with pytest.raises(DataError, match="missing") as caught:
@@ -294,7 +481,7 @@ def test_without_a_network_local_files_are_suggested(tmp_path: Path) -> None:
         "from moebius.data.sources import documents\n"
         "from moebius.errors import DataError\n"
         "try:\n"
-        "    next(documents(HubSource(name='nobody/no-data-set')))\n"
+        "    next(iter(documents(HubSource(name='nobody/no-data-set'))))\n"
         "except DataError as error:\n"
         "    print(error)\n"
     )
@@ -339,3 +526,143 @@ def test_local_files_are_read_without_any_connection(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout.splitlines() == ["['a', 'b']", "[]"]
+
+
+# Going on from a state.
+
+
+def numbered(first: int, count: int) -> list[dict[str, Any]]:
+    return [{"text": f"text {first + n}", "key": f"key {first + n}"} for n in range(count)]
+
+
+def write_all_kinds(folder: Path) -> dict[str, TextSource]:
+    """Sources of every kind, by name, of about ten documents each; some in several files."""
+    for suffix in (".jsonl", ".json", ".parquet", ".arrow"):
+        write_rows(folder / f"rows{suffix}", numbered(0, 10))
+        for number in range(3):
+            write_rows(folder / f"part{number}{suffix}", numbered(10 * number, 2 * number + 1))
+    (folder / "part3.jsonl").write_text("")
+    write_rows(folder / "part4.jsonl", numbered(50, 3))
+    compressed(write_rows(folder / "packed.jsonl", numbered(0, 10)), ".gz")
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(f"file {number}")
+    data_set = folder / "data_set"
+    data_set.mkdir()
+    for number in range(3):
+        write_rows(data_set / f"train-{number}.parquet", numbered(10 * number, 4))
+    kinds = ("jsonl", "json", "parquet", "arrow")
+    sources: dict[str, TextSource] = {kind: source_of(folder / f"rows.{kind}") for kind in kinds}
+    sources |= {f"several {kind}": source_of(folder / f"part*.{kind}") for kind in kinds}
+    sources |= {
+        "gz": source_of(folder / "packed.jsonl.gz"),
+        "txt": source_of(folder / "*.txt"),
+        "mixed": source_of(folder / "*.txt", folder / "rows.*"),
+        "ids": source_of(folder / "rows.jsonl", folder / "part2.parquet", id_field="key"),
+        "hub": HubSource(name=str(data_set)),
+        "hub, limited": HubSource(name=str(data_set), max_documents=7, id_field="key"),
+        "hub stream": HubStreamSource(kind="hf-stream", name=str(data_set)),
+    }
+    return sources
+
+
+@pytest.fixture(scope="module")
+def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextSource]:
+    return write_all_kinds(tmp_path_factory.mktemp("kinds"))
+
+
+KINDS = (
+    *("jsonl", "json", "parquet", "arrow", "several jsonl", "several json", "several parquet"),
+    *("several arrow", "gz", "txt", "mixed", "ids", "hub", "hub, limited", "hub stream"),
+)
+
+
+def taken(source: Documents, count: int) -> list[Document]:
+    """The next documents; reading is not ended."""
+    return list(itertools.islice(iter(source), count))
+
+
+def through_json(state: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a journal or a checkpoint."""
+    back: dict[str, Any] = json.loads(json.dumps(state))
+    return back
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_goes_on_from_any_place(all_kinds: dict[str, TextSource], kind: str) -> None:
+    source = all_kinds[kind]
+    whole = list(documents(source))
+    assert len(whole) >= 5
+    assert len({document.id for document in whole}) == len(whole) or kind == "ids"
+    for place in range(len(whole) + 1):
+        first = Documents(source)
+        assert taken(first, place) == whole[:place]
+        state = through_json(first.state())
+        assert list(Documents(source, state)) == whole[place:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_goes_on_again_and_again(all_kinds: dict[str, TextSource], kind: str) -> None:
+    """Also from a state that is asked for before anything was read."""
+    source = all_kinds[kind]
+    whole = list(documents(source))
+    for step in (1, 3):
+        state, found = None, []
+        for _ in range(0, len(whole), step):
+            reading = Documents(source, state)
+            state = through_json(reading.state())
+            reading = Documents(source, state)
+            found += taken(reading, step)
+            state = through_json(reading.state())
+        assert found == whole
+        assert list(Documents(source, state)) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_after_the_end_has_nothing_left(
+    all_kinds: dict[str, TextSource], kind: str
+) -> None:
+    reading = documents(all_kinds[kind])
+    assert list(reading)
+    assert list(Documents(all_kinds[kind], through_json(reading.state()))) == []
+
+
+def test_states_that_are_asked_for_while_reading_do_not_disturb(
+    all_kinds: dict[str, TextSource],
+) -> None:
+    source = all_kinds["mixed"]
+    whole, reading = list(documents(source)), Documents(source)
+    states = [reading.state()]
+    found = []
+    for document in reading:
+        found.append(document)
+        states.append(through_json(reading.state()))
+    assert found == whole
+    for place, state in enumerate(states):
+        assert list(Documents(source, state)) == whole[place:]
+
+
+def test_reading_the_standard_library_goes_on_from_any_place(stdlib: list[Document]) -> None:
+    for place in (0, 1, len(stdlib) // 2, len(stdlib) - 1, len(stdlib)):
+        first = Documents(StdlibSource())
+        assert taken(first, place) == stdlib[:place]
+        assert list(Documents(StdlibSource(), through_json(first.state()))) == stdlib[place:]
+
+
+def test_reading_a_file_larger_than_any_read_buffer_goes_on(tmp_path: Path) -> None:
+    long = "x" * 3_000_000
+    rows = [{"text": f"{number} {long}"} for number in range(8)]
+    source = source_of(write_rows(tmp_path / "large.jsonl", rows))
+    for place in (2, 5, 7):
+        first = Documents(source)
+        assert len(taken(first, place)) == place
+        rest = list(Documents(source, through_json(first.state())))
+        assert [document.text[:2] for document in rest] == [f"{n} " for n in range(place, 8)]
+        assert [document.id for document in rest] == [f"large.jsonl:{n}" for n in range(place, 8)]
+
+
+def test_an_error_after_going_on_names_the_same_row(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [*numbered(0, 5), {"text": None, "key": "k"}])
+    first = Documents(source_of(path))
+    taken(first, 3)
+    with pytest.raises(DataError, match="row 5"):
+        list(Documents(source_of(path), through_json(first.state())))

@@ -15,7 +15,14 @@ import tiktoken
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from moebius.data import encoding
-from moebius.data.encoding import LLAMA3_PATTERN, PATTERNS, QWEN2_PATTERN, Encoder, build_encoder
+from moebius.data.encoding import (
+    LLAMA3_PATTERN,
+    PATTERNS,
+    QWEN2_PATTERN,
+    UNUSED_TOKEN,
+    Encoder,
+    build_encoder,
+)
 from moebius.data.tokenizer import train_tokenizer
 
 EOD = "<|endoftext|>"
@@ -24,7 +31,7 @@ TRICKY = [
     *("'s 't 'RE 'Ve 'll 'd 'ſ 'S '", " ", "  ", "\n", "\r\n", "\t", "\x0b", "\x1c", "\x1f"),
     *("\x85", "\u00a0", "\u180e", "\u2028", "\u200b", "\u3000", "\ufeff", "a", "Z", "é", "e\u0301"),
     *("日本", "한", "ﬁ", "ŉ", "K", "1", "½", "Ⅷ", "٣", "!", "_", "<", "🧵", "\U0010ffff", "\x00"),
-    *("<|none|>", EOD, "the", " the", "def "),
+    *(UNUSED_TOKEN, EOD, "the", " the", "def "),
 ]
 
 
@@ -127,6 +134,15 @@ def check_fast(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert slow == []
 
 
+def check_mostly_fast(tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Versions of the libraries may differ in what Unicode they know."""
+    encoder, slow = counting(tokenizer)
+    assert encoded(encoder, texts) == expected(tokenizer, texts)
+    unlike = encoder.characters.unlike
+    assert slow == [text for text in texts if unlike & set(text) or UNUSED_TOKEN in text]
+    assert len(slow) < len(texts) / 2
+
+
 def check_slow(tokenizer: Tokenizer, texts: list[str]) -> None:
     encoder, slow = counting(tokenizer)
     assert encoded(encoder, texts) == expected(tokenizer, texts)
@@ -147,12 +163,13 @@ def test_random_text_of_all_planes_has_the_same_ids(tokenizer: Tokenizer) -> Non
         for plane in planes
         for _ in range(250)
     ]
-    check_fast(tokenizer, texts)
+    check_mostly_fast(tokenizer, texts)
 
 
 def test_random_text_of_tricky_parts_has_the_same_ids(tokenizer: Tokenizer) -> None:
     rng = random.Random(1)
-    check_fast(tokenizer, ["".join(rng.choices(TRICKY, k=rng.randrange(15))) for _ in range(2000)])
+    texts = ["".join(rng.choices(TRICKY, k=rng.randrange(15))) for _ in range(2000)]
+    check_mostly_fast(tokenizer, texts)
 
 
 def test_repetitions_have_the_same_ids(tokenizer: Tokenizer) -> None:
@@ -262,8 +279,9 @@ def drop_a_byte(spec: dict) -> None:
 
 
 def give_two_tokens_one_id(spec: dict) -> None:
-    """Two bytes that UTF-8 does not have."""
-    spec["model"]["vocab"]["ÿ"] = spec["model"]["vocab"]["þ"]
+    """That of a merge and that of a byte which UTF-8 does not have."""
+    vocab, merge = spec["model"]["vocab"], spec["model"]["merges"][0]
+    vocab["".join(merge)] = vocab["ÿ"]
 
 
 def swap_two_merges(spec: dict) -> None:
@@ -349,7 +367,8 @@ def test_a_normalizer_changes_ids(small: Tokenizer) -> None:
 
 
 def test_special_tokens_in_text_are_text(small: Tokenizer) -> None:
-    check_fast(small, [EOD, f"a {EOD}b{EOD}{EOD}", "<|none|>", "é<|none|>é<|none|>"])
+    check_fast(small, [EOD, f"a {EOD}b{EOD}{EOD}"])
+    check_slow(small, [UNUSED_TOKEN, f"é{UNUSED_TOKEN}é{UNUSED_TOKEN}"])
 
 
 def test_special_tokens_that_a_tokenizer_finds_are_left_to_it(small: Tokenizer) -> None:
@@ -358,7 +377,7 @@ def test_special_tokens_that_a_tokenizer_finds_are_left_to_it(small: Tokenizer) 
     check_slow(tokenizer, [EOD, f"a {EOD}b"])
 
 
-@pytest.mark.parametrize("eod", ["EOD", "a", "the", "no bytes: 日"])
+@pytest.mark.parametrize("eod", ["EOD", "a", "the", "日", "日本"])
 def test_special_tokens_that_text_reaches_have_the_same_ids(eod: str) -> None:
     text = f"{eod} the start {eod}{eod} the end {eod}\n{eod}"
     tokenizer = train_tokenizer([text] * 20, 400, eod)
