@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from moebius.data.audit import compare, read_audit
 from tests.conftest import model_tree
 from tests.trainer.helpers import logged, train_run, write_config
 from tests.trainer.test_resume import config_in
@@ -73,6 +74,7 @@ def test_a_killed_worker_is_restarted(run_tree: dict[str, Any], tmp_path: Path) 
         "train": run_tree["train"] | {"num_steps": 30},
         "checkpoint": {"interval": 5, "keep": 2},
         "model": model_tree(),
+        "log": run_tree["log"] | {"audit": True},
         "parallel": PARALLEL,
     }
     for name in ("whole", "killed"):
@@ -85,6 +87,8 @@ def test_a_killed_worker_is_restarted(run_tree: dict[str, Any], tmp_path: Path) 
         assert launcher.returncode == 0, errors
         assert output.count("continuing after step") == (name == "killed"), output
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    audits = [read_audit(tmp_path / name / "audit") for name in ("whole", "killed")]
+    assert compare(*audits) == (30 * 4, -1)
 
 
 def kill_one(launcher: subprocess.Popen[str], is_time: Callable[[], bool]) -> None:
@@ -105,6 +109,7 @@ def test_a_ring_killed_in_a_step_goes_on_as_a_ring_and_as_one(
     tree = run_tree | {
         "train": run_tree["train"] | {"num_steps": 20, "micro_batch_size": 1},
         "checkpoint": {"interval": 5, "keep": 2},
+        "log": run_tree["log"] | {"audit": True},
         "parallel": {"rp": 2},
     }
     configs = {
@@ -132,6 +137,11 @@ def test_a_ring_killed_in_a_step_goes_on_as_a_ring_and_as_one(
     alone = train_run(config_in(tree, tmp_path / "alone", parallel={}))
     assert alone.step == 20
     assert_same_course(steps_of(tmp_path / "alone"), steps_of(tmp_path / "whole"))
+
+    audits = {name: read_audit(tmp_path / name / "audit") for name in ("whole", "killed", "alone")}
+    assert len(audits["whole"]) == 20 * 4
+    for name in ("killed", "alone"):
+        assert compare(audits[name], audits["whole"]) == (20 * 4, -1)
 
 
 def has_step(folder: Path, step: int) -> bool:
