@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/data.py
 
 Writes benchmarks/results/data-<machine>.json: tokens/s of the stream and of the quickstart model on
-one core; MB/s of `prepare` and of `datasets.map` with a fast tokenizer of transformers on all cores;
-peak memory of both ends while the corpus grows tenfold; seconds that a resumed run waits for its
-first batch on a corpus of ten million documents. Takes about ten minutes and 3 GB of disk.
+one core; MB/s of `prepare` and of `datasets.map` with a fast tokenizer of transformers, on all
+cores; peak memory of both ends while the corpus grows tenfold; seconds that a resumed run waits for
+its first batch on a corpus of ten million documents. Takes about ten minutes and 3 GB of disk.
 """
 
 import json
