@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ MANY_DOCUMENTS = 10_000_000
 
 def in_process(action: Callable[..., Any], *arguments: Any) -> Any:
     """What an action gives in a fresh process, which has imported nothing for others."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(action, arguments)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:  # whose worker may have children
+        return pool.submit(action, *arguments).result()
 
 
 def peak_bytes() -> int:

@@ -47,8 +47,9 @@ CLASSES = (
     *(f"(?i:{letter})" for letter in "'strevmld"),
 )
 """what the patterns are made of, besides characters that stand for themselves"""
-SPACE_BLOCK = 100_000
-"""length of a blank block that goes to tokenizers; tiktoken fails on a million spaces"""
+SPACE_BLOCK = 1_000
+"""length of a blank block that goes to tokenizers; tiktoken fails on a million spaces, and some
+versions of it take time quadratic in their number"""
 UNUSED_TOKEN = "<|none|>"
 """the special token of tiktoken, which without any finds an empty one everywhere, slowly"""
 
@@ -203,12 +204,13 @@ def _ranks(model: dict[str, Any], vocab: dict[str, int]) -> dict[bytes, int] | N
     affixes = ("continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or any(model[key] for key in (*unsupported, *affixes)):
         return None
+    spelling = byte_spelling()
+    # Where tokens share an id the model may spell its merges wrongly.
+    if not spelling.keys() <= vocab.keys() or len(set(vocab.values())) < len(vocab):
+        return None
     merges = [(left, right) for left, right in model["merges"]]
     results = [vocab[left + right] for left, right in merges]
     if any(later < earlier for earlier, later in itertools.pairwise(results)):
-        return None
-    spelling = byte_spelling()
-    if not spelling.keys() <= vocab.keys() or len(set(vocab.values())) < len(vocab):
         return None
     bpe = models.BPE(vocab, merges)
     ranks = {}

@@ -26,7 +26,7 @@ from moebius.files import sync
 
 SHARD = ".bin"
 """suffix of the files that count towards the limit; all others are small"""
-WITHOUT_VERSION = {"name", "size", "type", "url", "mimetype", "partial"}
+WITHOUT_VERSION = frozenset({"name", "size", "type", "url", "mimetype", "partial"})
 """what filesystems tell of a file that stays the same when its content changes, or may"""
 POLL_SECONDS = 0.1
 

@@ -97,23 +97,19 @@ def _cut(run: _Run, eod_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _check_ids(
-    tokens: Tokens,
-    begins: NDArray[np.int64],
-    first: int,
-    number: int,
-    path: Path,
-    vocab_size: int,
+    tokens: Tokens, begins: Tokens, first: int, number: int, path: Path, vocab_size: int
 ) -> None:
     """Refuse ids of documents from the `first` of the run on; the run's first is `number`."""
-    # As unsigned numbers, negative ids are too large as well: one comparison finds both.
-    unsigned = tokens.view(tokens.dtype.str.replace("i", "u"))[begins[first] :]
-    if unsigned.max(initial=0) < vocab_size:
+    # As unsigned numbers, negative ids are too large as well.
+    unsigned = tokens.view(tokens.dtype.str.replace("i", "u"))
+    bad = np.flatnonzero(unsigned[begins[first] :] >= vocab_size)
+    if not bad.size:
         return
-    found = begins[first] + np.flatnonzero(unsigned >= vocab_size)[0]
-    document = int(np.searchsorted(begins, found, "right")) - 1
+    found = begins[first] + bad[0]
+    at = int(np.searchsorted(begins, found, "right")) - 1
     raise DataError(
-        f"data.source.paths: '{path}' document {number + document} has id {tokens[found]} at "
-        f"position {found - begins[document]}, allowed: 0 to {vocab_size - 1}",
+        f"data.source.paths: '{path}' document {number + at} has id {tokens[found]} at "
+        f"position {found - begins[at]}, allowed: 0 to {vocab_size - 1}",
         "was it made with another tokenizer, or with another token type?",
     )
 
@@ -244,15 +240,11 @@ def _megatron_header(index: Path, raw: Tokens) -> tuple[np.dtype[Any], int, int]
             "if its .bin has no header and no index, move the .idx away and set data.source.dtype",
         )
     _, version, code, count, borders = HEADER.unpack(head)
-    if version != 1:
+    if version != 1 or code not in MEGATRON_DTYPES:
         raise DataError(
-            f"data.source.paths: '{index}' has version {version}, allowed: 1",
+            f"data.source.paths: '{index}' has version {version} and token type {code}, allowed: 1 "
+            f"and one of {list(MEGATRON_DTYPES)}",
             "damaged, or another layout: make it again with Megatron",
-        )
-    if code not in MEGATRON_DTYPES:
-        raise DataError(
-            f"data.source.paths: '{index}' has token type {code}, allowed: {list(MEGATRON_DTYPES)}",
-            "damaged, or no tokens: make it again with integers",
         )
     expected = HEADER.size + 12 * count + 8 * borders
     if borders == 0 or len(raw) != expected:
@@ -322,8 +314,7 @@ def _token_size(path: Path, file_size: int, total: int) -> int:
         found = f"'{path}' has {file_size} bytes for the {total} tokens of its index"
     if not sizes:
         raise DataError(
-            f"data.source.paths: {found}, allowed: {' or '.join(map(str, DATATROVE_DTYPES))} bytes "
-            "a token",
+            f"data.source.paths: {found}, allowed: {list(DATATROVE_DTYPES)} bytes a token",
             "truncated, or made by another tool: copy its files again",
         )
     return sizes[0]

@@ -17,7 +17,9 @@ from moebius.trainer.optim import OptimConfig
 from moebius.trainer.schedules import WSDSchedule
 
 Device = Literal["auto", "cpu", "cuda"]
-PLACES = {"dir", "source", "corpora", "tokenizer", "cache", "bad_shards", "prefetch", "workers"}
+PLACES = frozenset(
+    {"dir", "source", "corpora", "tokenizer", "cache", "bad_shards", "prefetch", "workers"}
+)
 """options of the data that say where it lies and how it is read, not what it is"""
 
 

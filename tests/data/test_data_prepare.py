@@ -8,7 +8,9 @@ import json
 import random
 import resource
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -656,6 +658,20 @@ def test_an_interrupted_preparation_goes_on_where_it_was(
 
 
 @pytest.mark.usefixtures("journaled")
+def test_progress_is_told_in_bytes_of_text(
+    small_file: Path, small_corpus: DataConfig, tmp_path: Path
+) -> None:
+    """Also that of a preparation which goes on."""
+    config = small_corpus.model_copy(update={"dir": str(tmp_path)})
+    assert interrupt(config, 4)
+    seen: list[tuple[int, int | None]] = []
+    prepare(config, 300, Workshop(lambda line: None, lambda *values: seen.append(values)))
+    sizes = [len(text.encode()) for text in source_texts(small_file)]
+    ends = [*range(28, 60, 7), 60]  # 21 documents are in the journal
+    assert seen == [(sum(sizes[:end]), small_file.stat().st_size) for end in ends]
+
+
+@pytest.mark.usefixtures("journaled")
 def test_a_preparation_may_be_interrupted_again_and_again(
     small_corpus: DataConfig, tmp_path: Path
 ) -> None:
@@ -744,14 +760,36 @@ def test_a_source_that_was_repaired_goes_on(
     assert sorted(both) == sorted(row["text"] for row in rows)
 
 
-def test_two_preparations_of_one_folder_are_refused(
-    small_corpus: DataConfig, tmp_path: Path
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_second_preparation_waits_for_the_first(
+    small_corpus: DataConfig, tmp_path: Path, finished: bool
 ) -> None:
+    """And takes its corpus, or goes on where it was killed."""
     config = small_corpus.model_copy(update={"dir": str(tmp_path)})
-    with (tmp_path / "lock").open("w") as file:
+    if not finished:
+        assert interrupt(config, 1)
+        gc.collect()
+    said: list[str] = []
+    waiting = threading.Event()
+
+    def report(line: str) -> None:
+        said.append(line)
+        waiting.set()
+
+    with (tmp_path / "lock").open("w") as file, ThreadPoolExecutor(1) as pool:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert "is being prepared by another process" in refusal(config)
-    prepared(config)
+        second = pool.submit(prepare, config, 300, Workshop(report))
+        assert waiting.wait(10)
+        if finished:
+            before = Path(small_corpus.dir)
+            shutil.copytree(before, tmp_path, dirs_exist_ok=True, ignore=lambda *_: ["lock"])
+        assert not second.done()
+        fcntl.flock(file, fcntl.LOCK_UN)
+        made = second.result().first.manifest
+    assert made == read_manifest(Path(small_corpus.dir))
+    assert str(tmp_path) in said[0]
+    assert "waiting" in said[0]
+    assert (len(said) == 1) == finished
 
 
 # Ids from the source.

@@ -157,6 +157,31 @@ def test_a_loaded_tokenizer_encodes_as_the_one_that_was_saved(tmp_path: Path) ->
     assert loaded.get_vocab() == made.get_vocab()
 
 
+def test_further_special_tokens_are_not_reached_by_text(tmp_path: Path) -> None:
+    """Like the sentinels of an objective; each has an id of its own inside the vocabulary."""
+    names = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+    text = f"{EOD}{''.join(names)} the middle <|fim_middle|>"
+    made = train_tokenizer([text] * 20, 400, EOD, names)
+    tokenizer = load_tokenizer(saved(made, tmp_path))
+    ids = [tokenizer.token_to_id(name) for name in [EOD, *names]]
+    assert len(set(ids)) == 4
+    assert count_ids(tokenizer) <= 400
+    assert not set(ids) & set(tokenizer.encode(text, add_special_tokens=False).ids)
+    assert round_trip(tokenizer, text) == text
+    assert token_bytes(tokenizer)[ids].sum() == 0
+
+
+@pytest.mark.parametrize(("size", "fits"), [(258, False), (259, True)])
+def test_further_special_tokens_need_room_in_the_vocabulary(size: int, fits: bool) -> None:
+    names = ["<|a|>", "<|b|>"]
+    if fits:
+        assert train_tokenizer(modules(), size, EOD, names).get_vocab_size() == size
+        return
+    with pytest.raises(DataError, match=r"tokenizer\.vocab_size: 258 .*<\|a\|>.*259") as caught:
+        train_tokenizer(modules(), size, EOD, names)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("size", [1, 100, 256])
 def test_a_vocabulary_too_small_for_the_bytes_is_refused(size: int) -> None:
     with pytest.raises(DataError, match=rf"tokenizer\.vocab_size: {size} .*257") as caught:

@@ -5,6 +5,7 @@ import itertools
 import json
 import pickle
 import random
+import re
 import sysconfig
 import unicodedata
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from moebius.data.encoding import (
     LLAMA3_PATTERN,
     PATTERNS,
     QWEN2_PATTERN,
+    SPACE_BLOCK,
     UNUSED_TOKEN,
     Encoder,
     build_encoder,
@@ -151,31 +153,33 @@ def check_slow(tokenizer: Tokenizer, texts: list[str]) -> None:
 
 def test_source_text_has_the_same_ids(tokenizer: Tokenizer) -> None:
     """Most of it text that the tokenizer has not seen."""
-    check_fast(tokenizer, sources("d*.py") + sources("encodings/cp85*.py"))
+    check_fast(tokenizer, sources("di*.py") + sources("encodings/cp85*.py"))
 
 
-def test_random_text_of_all_planes_has_the_same_ids(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("name", ["4096", "llama3"])
+def test_random_text_of_all_planes_has_the_same_ids(name: str) -> None:
     rng = random.Random(0)
     points = [*range(0xD800), *range(0xE000, 0x110000)]
     planes = [points, range(0x80), range(0x100), range(0x2000, 0x3100), range(0x10000, 0x20000)]
     texts = [
         "".join(map(chr, rng.choices(plane, k=rng.randrange(40))))
         for plane in planes
-        for _ in range(250)
+        for _ in range(200)
     ]
-    check_mostly_fast(tokenizer, texts)
+    check_mostly_fast(made(name), texts)
 
 
-def test_random_text_of_tricky_parts_has_the_same_ids(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("name", ["4096", "llama3"])
+def test_random_text_of_tricky_parts_has_the_same_ids(name: str) -> None:
     rng = random.Random(1)
     texts = ["".join(rng.choices(TRICKY, k=rng.randrange(15))) for _ in range(2000)]
-    check_mostly_fast(tokenizer, texts)
+    check_mostly_fast(made(name), texts)
 
 
 def test_repetitions_have_the_same_ids(tokenizer: Tokenizer) -> None:
     """Merges of a token with itself depend on the end at which they start."""
     parts = ["a", " ", "=", "-", "ab", "aba", "  a", "\n", "é", "日", "abcabcab", "'s"]
-    counts = [*range(1, 70), 127, 128, 129, 1000, 5000]
+    counts = [*range(1, 70), 127, 128, 129, 500, 999]
     check_fast(tokenizer, [part * count for part in parts for count in counts])
 
 
@@ -193,6 +197,14 @@ def test_both_libraries_cut_the_same_pieces(pattern: str) -> None:
     for text in texts:
         pieces = [piece.encode() for piece, _ in other.pre_tokenize_str(text)]
         assert [tokens[rank] for rank in one.encode_ordinary(text)] == pieces
+
+
+def test_classes_are_all_that_the_patterns_ask_of_a_character() -> None:
+    for pattern in PATTERNS:
+        asked = set(re.findall(r"\[.*?\]|\\p\{.\}|\\.", pattern))
+        assert asked <= set(encoding.CLASSES)
+        for group in re.findall(r"\(\?i:(.*?)\)", pattern):
+            assert {f"(?i:{letter})" for letter in group if letter != "|"} <= set(encoding.CLASSES)
 
 
 def test_byte_level_cuts_by_the_pattern_of_gpt2() -> None:
@@ -226,12 +238,12 @@ def test_random_merges_give_the_same_ids(ignore_merges: bool) -> None:
     texts = ["".join(text) for k in range(1, 7) for text in itertools.product("ab", repeat=k)]
     texts += ["".join(rng.choices("ab", k=rng.randrange(250))) for _ in range(50)]
     num_fast = 0
-    for _ in range(40):
+    for _ in range(16):
         tokenizer = hand_made(*random_merges(rng), ignore_merges)
         encoder = build_encoder(tokenizer)
         assert encoded(encoder, texts) == expected(tokenizer, texts)
         num_fast += encoder.fast is not None
-    assert 5 < num_fast < 35 if ignore_merges else num_fast == 40
+    assert 1 < num_fast < 15 if ignore_merges else num_fast == 16
 
 
 def test_merges_that_tiktoken_would_invent_are_not_made() -> None:
@@ -389,13 +401,14 @@ def test_special_tokens_that_text_reaches_have_the_same_ids(eod: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "a" * 500_000,
+        "a" * 250_000,
         "!" * 300_000,
         "12" * 100_000,
-        " " * 199_999,
-        "x" + "\n" * 199_998 + "x",
+        " " * (2 * SPACE_BLOCK - 1),
+        "x" + "\n" * (2 * SPACE_BLOCK - 2) + "x",
         " \r\n\t" * 40_000 + "x",
-        (" " * 99_999 + "a") * 3,
+        (" " * (SPACE_BLOCK - 1) + "a") * 100,
+        ("a" + "\t" * (SPACE_BLOCK + 1)) * 100,
     ],
     ids=len,
 )
@@ -407,11 +420,11 @@ def test_long_pieces_have_the_same_ids(text: str, kind: str) -> None:
 
 def test_a_run_of_spaces_that_tiktoken_cannot_take_has_the_same_ids(small: Tokenizer) -> None:
     """It gives up at a million; shorter ones are left to tokenizers from a block's length on."""
-    texts = ["x" + " " * 1_000_001 + "x", "\n" * 200_000]
+    texts = ["x" + " " * 1_000_001 + "x", "\n" * 2 * SPACE_BLOCK]
     encoder, slow = counting(small)
     assert [small.decode(ids) for ids in encoder.encode(texts)] == texts
     assert slow == texts
-    check_fast(small, [" " * 99_999, "x" * 150_000 + "\n"])
+    check_fast(small, [" " * (SPACE_BLOCK - 1), "x" * SPACE_BLOCK * 2 + " " * (SPACE_BLOCK - 1)])
 
 
 def test_a_character_that_the_engines_class_differently_is_left_to_tokenizers(

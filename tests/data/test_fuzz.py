@@ -36,7 +36,7 @@ from moebius.data import shards as shards_module
 from moebius.data.audit import AuditWriter, read_audit
 from moebius.data.build import build_stream, validation_readers
 from moebius.data.config import DataConfig, FilesSource, TokenizerConfig
-from moebius.data.corpus import Corpora, SplitReader, open_corpora
+from moebius.data.corpus import SplitReader, open_corpora
 from moebius.data.prepare import Workshop, prepare
 from moebius.data.quarantine import find_bad_shards
 from moebius.data.stream import TrainStream
@@ -47,7 +47,7 @@ from tests.conftest import QUIET, model_tree
 VOCAB_SIZE = 300
 LENGTH = 32
 BATCH = 8
-SECONDS = 10
+SECONDS = 5
 """that a case may take"""
 ROOM = 2 << 30
 """bytes that a case may take"""
@@ -265,7 +265,7 @@ def real_texts() -> list[str]:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     modules = [(stdlib / f"{name}.py").read_text(encoding="utf-8") for name in MODULES]
     pieces = [piece for text in modules for piece in text.split("\n\n")]
-    return [piece for piece in pieces if 20 < len(piece) < 140][:240]
+    return [piece for piece in pieces if 20 < len(piece) < 140][:160]
 
 
 def write_rows(path: Path, texts: list[str]) -> Path:
@@ -301,7 +301,7 @@ def write_rows(path: Path, texts: list[str]) -> Path:
 def small() -> Iterator[pytest.MonkeyPatch]:
     """Shards of several pieces from little text; nothing waits for a disk."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "SHARD_TOKENS", 2000)
+        patch.setattr(prepare_module, "SHARD_TOKENS", 1200)
         patch.setattr(shards_module, "PIECE", 1024)
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield patch
@@ -411,10 +411,10 @@ def one_line(error: MoebiusError) -> str:
 
 FILES = tuple(f"{SHARD}.{kind}" for kind in ("bin", "idx", "sums"))
 CORPUS_CASES = [
-    *case_list((*FILES, CACHE), (*BYTES, *WHOLE, "other"), seeds=4),
-    *case_list(("validation-00000.bin",), (*BYTES, *WHOLE, "other")),
-    *case_list(("manifest.json",), (*BYTES, *WHOLE, "other"), seeds=4),
-    *case_list(("manifest.json",), JSON, seeds=8),
+    *case_list((*FILES, CACHE), (*BYTES, *WHOLE, "other"), seeds=3),
+    *case_list(("validation-00000.bin",), (*BYTES, "delete", "other")),
+    *case_list(("manifest.json",), (*BYTES, *WHOLE, "other"), seeds=3),
+    *case_list(("manifest.json",), JSON, seeds=6),
     *case_list(("tokenizer.json",), (*BYTES, *WHOLE, "other", "digit", "drop")),
 ]
 
@@ -436,8 +436,19 @@ def replacement(case: Case, sound: Sound, others: Path) -> Path:
     return sound.folder / name if name != case.file else others / name
 
 
-def check_corpus(location: Path, sound: Sound, *names: str) -> list[str]:
-    """Each part is as it was, or is refused by a line that has one of the names."""
+def check_same(found: list[Any], wanted: list[Any], what: str) -> None:
+    """Like an assertion, which would take seconds to show how long lists differ."""
+    if found != wanted:
+        pairs = itertools.zip_longest(found, wanted)
+        place = next(n for n, (one, other) in enumerate(pairs) if one != other)
+        pytest.fail(
+            f"{what}: {len(found)} items, wanted {len(wanted)}; the first that differs is {place}: "
+            f"{str(found[place : place + 1])[:200]}, wanted {str(wanted[place : place + 1])[:200]}"
+        )
+
+
+def check_corpus(location: Path, wanted: dict[str, Any], *names: str) -> list[str]:
+    """Each part is as it should be, or is refused by a line that has one of the names."""
     refusals = []
     for part in PARTS:
         found: list[Any] = []
@@ -446,7 +457,7 @@ def check_corpus(location: Path, sound: Sound, *names: str) -> list[str]:
             assert any(name in message for name in names), message
             refusals.append(message)
         else:
-            assert found[0] == sound.parts[part], part
+            check_same(found[0], wanted[part], part)
     return refusals
 
 
@@ -457,14 +468,12 @@ def test_a_corpus_with_a_damaged_file_is_refused_or_as_it_was(
     damage(copy / case.file, case, replacement(case, sound, others))
     # A number of the manifest is found to be wrong where a shard does not have it.
     names = [str(copy)] if case.file == "manifest.json" else [str(copy / case.file)]
-    refusals = check_corpus(copy, sound, *names)
+    refusals = check_corpus(copy, sound.parts, *names)
     if case.file == CACHE:
         assert not refusals  # it is made anew
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CORPUS_CASES if case.file in FILES], ids=lambda case: f"q-{case}"
-)
+@pytest.mark.parametrize("case", case_list(FILES, (*BYTES, *WHOLE, "other")), ids=str)
 def test_quarantine_finds_a_damaged_shard_and_reads_only_what_was_prepared(
     case: Case, sound: Sound, others: Path, copy: Path
 ) -> None:
@@ -566,7 +575,7 @@ def test_a_corpus_with_another_manifest_is_refused_or_as_it_was(
     name: str, sound: Sound, copy: Path
 ) -> None:
     edit(copy / "manifest.json", MANIFEST_EDITS[name])
-    check_corpus(copy, sound, str(copy))
+    check_corpus(copy, sound.parts, str(copy))
 
 
 PACK_HEADER = struct.Struct("<16s32sQQ")
@@ -588,7 +597,7 @@ def test_a_packing_of_another_size_is_made_anew(name: str, sound: Sound, copy: P
     (copy / CACHE).unlink()
     head = PACK_HEADER.pack(magic, digest, *changed)
     (copy / CACHE).write_bytes(head + content[PACK_HEADER.size :])
-    assert not check_corpus(copy, sound)
+    assert not check_corpus(copy, sound.parts)
 
 
 # Text that a corpus is made from.
@@ -601,13 +610,13 @@ SOURCES = tuple(
     )
 )
 SOURCE_CASES = [
-    *case_list(("rows.jsonl", "rows.parquet"), (*BYTES, "other"), seeds=5),
-    *case_list(("rows.txt.gz",), (*BYTES, "other"), seeds=4),
-    *case_list(("rows.arrow",), (*BYTES, "other"), seeds=3),
-    *case_list(("rows.json", "rows.jsonl.gz", "rows.txt.bz2", "rows.txt.xz"), tuple(BYTES)),
-    *case_list(("rows.txt",), ("flip_one", "flip_some"), seeds=3),
+    *case_list(("rows.jsonl", "rows.parquet"), (*BYTES, "other"), seeds=3),
+    *case_list(("rows.txt.gz",), (*BYTES, "other"), seeds=2),
+    *case_list(("rows.arrow", "rows.json", "rows.jsonl.gz"), tuple(BYTES)),
+    *case_list(("rows.txt.bz2", "rows.txt.xz"), ("flip_one", "truncate", "extend")),
+    *case_list(("rows.txt",), ("flip_one", "flip_some"), seeds=2),
     *case_list(("rows.jsonl", "rows.parquet", "rows.txt.gz"), tuple(WHOLE)),
-    *case_list(("rows.jsonl",), JSON, seeds=2),
+    *case_list(("rows.jsonl",), JSON),
 ]
 
 
@@ -650,7 +659,8 @@ def documents_of(location: Path) -> list[list[int]]:
     found = []
     for split in manifest["splits"].values():
         for shard in split["shards"]:
-            tokens = np.fromfile(location / f"{shard['name']}.bin", "<u2")
+            dtype = {"uint16": "<u2", "int32": "<i4"}[manifest["dtype"]]
+            tokens = np.fromfile(location / f"{shard['name']}.bin", dtype)
             ends = np.flatnonzero(tokens == manifest["tokenizer"]["eod_id"])
             assert ends[-1] == len(tokens) - 1
             found += [piece[:-1].tolist() for piece in np.split(tokens, ends + 1)[:-1]]
@@ -677,7 +687,7 @@ def sources(sound: Sound, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sound files of each kind, and a second set of them."""
     place = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
-        for folder, texts in (("a", sound.texts[:40]), ("b", sound.texts[100:130])):
+        for folder, texts in (("a", sound.texts[:40]), ("b", sound.texts[40:70])):
             (place / folder).mkdir(exist_ok=True)
             write_rows(place / folder / name, texts)
     return place
@@ -685,7 +695,7 @@ def sources(sound: Sound, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check_source(place: Path, path: Path, sound: Sound) -> str:
     """A corpus of a damaged file and a sound one has the texts of both, or is refused."""
-    rows = sound.texts[200:220]
+    rows = sound.texts[100:120]
     good = write_rows(place / "good.jsonl", rows)
     config = source_config(place, sound.folder / "tokenizer.json", good, path)
     message = refusal(lambda: prepare(config, VOCAB_SIZE, QUIET))
@@ -693,8 +703,11 @@ def check_source(place: Path, path: Path, sound: Sound) -> str:
         assert path.name in message, message
         assert not (place / "out" / "manifest.json").exists()
         return message
-    wanted = [*rows, *as_another_reader_finds(path)]
-    assert sorted(texts_of(place / "out")) == sorted(text for text in wanted if text)
+    try:
+        wanted = [*rows, *as_another_reader_finds(path)]
+    except Exception as error:
+        pytest.fail(f"was read, though {type(error).__name__}: {error}")
+    check_same(sorted(texts_of(place / "out")), sorted(filter(None, wanted)), "texts")
     return ""
 
 
@@ -712,7 +725,7 @@ def test_a_damaged_source_is_refused_or_read_as_it_is(
 ) -> None:
     path = Path(shutil.copy(sources / "a" / case.file, tmp_path))
     damage(path, case, sources / "b" / case.file)
-    if case.how in WHOLE or path.suffix in (".parquet", ".arrow"):
+    if case.how == "pipe":
         alone(lambda: check_source(tmp_path, path, sound), tmp_path / "report")
     else:
         check_source(tmp_path, path, sound)
@@ -746,6 +759,8 @@ WRITTEN: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a_byte_order_mark": ("jsonl", lambda: b"\xef\xbb\xbf" + lines({"text": "a"})),
     "a_list_of_rows": ("jsonl", lambda: b'[{"text": "a"}, {"text": "b"}]'),
     "a_list_of_texts": ("jsonl", lambda: b'["a", "b"]'),
+    "a_list_with_no_utf8": ("json", lambda: b'[{"text": "a\x96b"}]'),
+    "a_list_with_half_a_surrogate": ("json", lambda: b'[{"text": "a\\ud800b"}]'),
     "a_list_of_lists": ("jsonl", lambda: b'[["a"], ["b"]]'),
     "a_list_and_rows": ("jsonl", lambda: b'["a"]\n{"text": "b"}\n'),
     "rows_and_a_list": ("jsonl", lambda: b'{"text": "b"}\n["a"]\n'),
@@ -758,7 +773,10 @@ WRITTEN: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a_text_and_a_number": ("jsonl", lambda: lines({"text": "1"}, {"text": 1})),
     "texts_and_a_list": ("jsonl", lambda: lines({"text": "1"}, {"text": ["a"]})),
     "a_truth": ("jsonl", lambda: lines({"text": "true"}, {"text": True})),
-    "texts_that_are_dates": ("jsonl", lambda: lines({"text": "2026-01-02"}, {"text": "2026-01-03"})),
+    "texts_that_are_dates": (
+        "jsonl",
+        lambda: lines({"text": "2026-01-02"}, {"text": "2026-01-03"}),
+    ),
     "texts_that_are_numbers": ("jsonl", lambda: lines({"text": "1"}, {"text": "02"})),
     "texts_that_are_json": ("jsonl", lambda: lines({"text": "{}"}, {"text": '"a"'}, {"text": "["})),
     "json_texts_and_a_number": (
@@ -769,7 +787,6 @@ WRITTEN: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a_number_far_on": ("jsonl", lambda: PADDED + lines({"text": 5})),
     "a_null_far_on": ("jsonl", lambda: PADDED + lines({"text": None})),
     "an_object_far_on": ("jsonl", lambda: PADDED + lines({"text": {"a": 1}})),
-    "no_text_far_on": ("jsonl", lambda: PADDED + lines({"texts": "a"})),
     "a_broken_line_far_on": ("jsonl", lambda: PADDED + b'{"text": "a"\n'),
     "deep_lists": ("jsonl", lambda: b"[" * DEEP + b"]" * DEEP),
     "a_deep_text": ("jsonl", lambda: b'{"text": ' + b"[" * DEEP + b"]" * DEEP + b"}\n"),
@@ -810,7 +827,7 @@ def test_a_strange_source_is_refused_or_read_as_it_is(
     kind, content = WRITTEN[name]
     path = tmp_path / f"strange.{kind}"
     path.write_bytes(content())
-    if kind == "parquet" or "deep" in name:
+    if "deep" in name:
         alone(lambda: check_source(tmp_path, path, sound), tmp_path / "report")
     else:
         check_source(tmp_path, path, sound)
@@ -819,8 +836,8 @@ def test_a_strange_source_is_refused_or_read_as_it_is(
 # A tokenizer that text is encoded with.
 
 TOKENIZER_CASES = [
-    *case_list(("tokenizer.json",), (*BYTES, *WHOLE), seeds=3),
-    *case_list(("tokenizer.json",), JSON, seeds=3),
+    *case_list(("tokenizer.json",), (*BYTES, *WHOLE)),
+    *case_list(("tokenizer.json",), JSON, seeds=2),
 ]
 
 
@@ -834,7 +851,7 @@ def tokenizer_file(sound: Sound, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def check_tokenizer(place: Path, path: Path, sound: Sound) -> None:
     """A corpus has the ids that the library gives, or is refused."""
-    texts = sound.texts[200:230]
+    texts = sound.texts[100:120]
     config = source_config(place, path, write_rows(place / "rows.jsonl", texts))
     message = refusal(lambda: prepare(config, VOCAB_SIZE, QUIET))
     if message:
@@ -848,7 +865,7 @@ def check_tokenizer(place: Path, path: Path, sound: Sound) -> None:
     manifest = json.loads((place / "out" / "manifest.json").read_text())
     assert manifest["tokenizer"]["eod_id"] == library.token_to_id("<|endoftext|>")
     assert manifest["tokenizer"]["vocab_size"] == max(library.get_vocab().values()) + 1
-    assert sorted(documents_of(place / "out")) == sorted(wanted)
+    check_same(sorted(documents_of(place / "out")), sorted(wanted), "documents")
     # What was made can be read.
     read_part(place / "out", "concat")
 
@@ -859,7 +876,10 @@ def test_a_damaged_tokenizer_is_refused_or_used_as_it_is(
 ) -> None:
     path = Path(shutil.copy(tokenizer_file, tmp_path))
     damage(path, case)
-    alone(lambda: check_tokenizer(tmp_path, path, sound), tmp_path / "report")
+    if case.how in ("huge", "pipe"):
+        alone(lambda: check_tokenizer(tmp_path, path, sound), tmp_path / "report")
+    else:
+        check_tokenizer(tmp_path, path, sound)
 
 
 Vocabulary = dict[str, int]
@@ -881,7 +901,6 @@ TOKENIZER_EDITS: dict[str, Callable[[Tree], object]] = {
     "no_vocabulary": _change_vocabulary(lambda vocab: vocab.clear()),
     "no_merges": lambda tree: tree["model"].update(merges=[]),
     "a_merge_of_nothing": lambda tree: tree["model"].update(merges=[["", ""]]),
-    "chance_in_merges": lambda tree: tree["model"].update(dropout=0.5),
     "another_model": lambda tree: tree["model"].update(type="WordLevel", unk_token="e"),
     "an_unknown_token": lambda tree: tree["model"].update(unk_token="unknown"),
     "no_added_tokens": lambda tree: tree.update(added_tokens=[]),
@@ -916,15 +935,18 @@ def test_a_strange_tokenizer_is_refused_or_used_as_it_is(
 ) -> None:
     path = Path(shutil.copy(tokenizer_file, tmp_path))
     edit(path, TOKENIZER_EDITS[name])
-    alone(lambda: check_tokenizer(tmp_path, path, sound), tmp_path / "report")
+    if "_id" in name or "pattern" in name:
+        alone(lambda: check_tokenizer(tmp_path, path, sound), tmp_path / "report")
+    else:
+        check_tokenizer(tmp_path, path, sound)
 
 
 # Logs of what was trained on.
 
 LOG = "0002-rank-00001.jsonl"
 AUDIT_CASES = [
-    *case_list((LOG, "0001-rank-00000.jsonl"), (*BYTES, *WHOLE, "other"), seeds=3),
-    *case_list((LOG,), JSON, seeds=6),
+    *case_list((LOG, "0001-rank-00000.jsonl"), (*BYTES, *WHOLE, "other"), seeds=2),
+    *case_list((LOG,), JSON, seeds=4),
 ]
 
 
@@ -934,9 +956,9 @@ def logs(sound: Sound, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("run") / "audit"
     corpora = open_corpora(corpus_config(sound.folder))
     reader = SplitReader(corpora.first, "validation", LENGTH)
-    assert reader.num_samples < 12 * BATCH < 2 * reader.num_samples
+    assert reader.num_samples < 16 * BATCH < 2 * reader.num_samples
     stream = TrainStream([reader], BATCH, seed=1, prefetch=0)
-    for attempt, first, last in ((1, 0, 5), (2, 3, 12)):
+    for attempt, first, last in ((1, 0, 5), (2, 3, 16)):
         for rank in range(2):
             stream.position = first * BATCH
             writer = AuditWriter(place, attempt, rank, rank, first, stream)
@@ -944,7 +966,7 @@ def logs(sound: Sound, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 start = (step - 1) * BATCH + rank * BATCH // 2
                 writer.write(step, range(start, start + BATCH // 2))
             writer.close()
-    assert len(read_audit(place)) == 12 * BATCH
+    assert len(read_audit(place)) == 16 * BATCH
     return place
 
 
@@ -1045,14 +1067,17 @@ LOG_EDITS: dict[str, Callable[[Lines], object]] = {
 }
 
 
+def edit_log(path: Path, change: Callable[[Lines], object]) -> None:
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    change(found)
+    path.write_bytes(lines(*found))
+
+
 @pytest.mark.parametrize("name", LOG_EDITS)
 def test_an_audit_of_a_strange_log_is_refused_or_proves_what_it_says(
     name: str, sound: Sound, logs_copy: Path
 ) -> None:
-    path = logs_copy / LOG
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    LOG_EDITS[name](found)
-    path.write_bytes(lines(*found))
+    edit_log(logs_copy / LOG, LOG_EDITS[name])
     check_audit(logs_copy, sound)
 
 
@@ -1110,13 +1135,34 @@ def test_an_audit_with_a_stray_file_is_refused_or_proves_what_it_says(
 
 # A preparation that was killed, whose files are damaged before it goes on.
 
-HALF = "train-00001"
+HALF = "train-00002"
 JOURNAL_CASES = [
-    *case_list(("progress.json",), (*BYTES, *WHOLE), seeds=4),
-    *case_list(("progress.json",), JSON, seeds=4),
-    *case_list((f"{HALF}.bin", f"{HALF}.lengths", "train-00000.bin"), (*BYTES, *WHOLE)),
-    *case_list(("ids.sqlite", "tokenizer.json"), (*BYTES, *WHOLE)),
+    *case_list(
+        ("progress.json",),
+        ("flip_one", "truncate", "zero_page", "empty", "folder", "digit", "huge", "junk", "deep"),
+    ),
+    *case_list(
+        (f"{HALF}.bin", f"{HALF}.lengths"),
+        ("flip_one", "truncate", "extend", "zero_page", "empty", "delete", "folder"),
+    ),
+    *case_list(("train-00000.bin", "ids.sqlite"), ("flip_one", "zero_page", "delete")),
+    *case_list(("tokenizer.json",), ("flip_one", "empty", "delete")),
 ]
+JOURNAL_EDITS: dict[str, Callable[[Tree], object]] = {
+    "no_documents": lambda tree: tree.update(documents=0),
+    "more_documents": lambda tree: tree.update(documents=10**6),
+    "an_earlier_row": lambda tree: tree["source"].update(row=3),
+    "a_later_row": lambda tree: tree["source"].update(row=100),
+    "a_part_that_is_null": lambda tree: tree["source"].update(part=None),
+    "a_part_before_the_first": lambda tree: tree["source"].update(part=-1),
+    "a_part_that_is_not_there": lambda tree: tree["source"].update(part=7),
+    "a_state_of_another_reader": lambda tree: tree["source"].update(rows={"row": 1}),
+    "no_state": lambda tree: tree.update(source=None),
+    "no_splits": lambda tree: tree.update(splits={}),
+    "fewer_documents_of_the_open_shard": lambda tree: tree["splits"]["train"].update(documents=1),
+    "more_tokens_of_the_open_shard": lambda tree: tree["splits"]["train"].update(tokens=10**5),
+    "a_closed_shard_left_out": lambda tree: tree["splits"]["train"]["shards"].pop(0),
+}
 
 
 class Half(NamedTuple):
@@ -1124,14 +1170,7 @@ class Half(NamedTuple):
 
     folder: Path
     config: DataConfig
-    wanted: list[list[int]]
-
-
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal is written after every few documents."""
-    monkeypatch.setattr(encode_module, "BATCH_DOCUMENTS", 20)
-    monkeypatch.setattr(prepare_module, "JOURNAL_SECONDS", 0.0)
+    parts: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -1153,8 +1192,8 @@ def half(sound: Sound, tmp_path_factory: pytest.TempPathFactory) -> Half:
     source = FilesSource(paths=(str(rows),), id_field="id")
     config = config.model_copy(update={"source": source})
     prepare(config, VOCAB_SIZE, QUIET)
-    wanted = documents_of(place / "out")
-    assert len(wanted) == len(sound.texts)
+    assert len(documents_of(place / "out")) == len(sound.texts)
+    parts = {part: read_part(place / "out", part) for part in PARTS}
     shutil.rmtree(place / "out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode_module, "BATCH_DOCUMENTS", 20)
@@ -1163,26 +1202,32 @@ def half(sound: Sound, tmp_path_factory: pytest.TempPathFactory) -> Half:
             prepare(config, VOCAB_SIZE, Workshop(QUIET.report, kill))
     for name in ("progress.json", f"{HALF}.lengths", "train-00000.idx", "ids.sqlite"):
         assert (place / "out" / name).is_file(), name
-    return Half(place / "out", config, wanted)
+    return Half(place / "out", config, parts)
 
 
-@pytest.mark.usefixtures("batches")
+def check_going_on(place: Path, half: Half) -> None:
+    """What was damaged is noticed at the latest when the corpus is read."""
+    config = half.config.model_copy(update={"dir": str(place)})
+    if not refusal(lambda: prepare(config, VOCAB_SIZE, QUIET)):
+        check_corpus(place, half.parts, str(place))
+
+
 @pytest.mark.parametrize("case", JOURNAL_CASES, ids=str)
 def test_a_preparation_whose_files_were_damaged_is_refused_or_gives_what_it_should(
     case: Case, half: Half, tmp_path: Path
 ) -> None:
     place = Path(shutil.copytree(half.folder, tmp_path / "out"))
     damage(place / case.file, case)
-    config = half.config.model_copy(update={"dir": str(place)})
+    check_going_on(place, half)
 
-    def check() -> None:
-        if refusal(lambda: prepare(config, VOCAB_SIZE, QUIET)):
-            return
-        # What was damaged is noticed at the latest when it is read.
-        if not any(refusal(lambda part=part: read_part(place, part)) for part in PARTS):
-            assert documents_of(place) == half.wanted
 
-    check()
+@pytest.mark.parametrize("name", JOURNAL_EDITS)
+def test_a_preparation_with_a_strange_journal_is_refused_or_gives_what_it_should(
+    name: str, half: Half, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(half.folder, tmp_path / "out"))
+    edit(place / "progress.json", JOURNAL_EDITS[name])
+    check_going_on(place, half)
 
 
 # Files that may not be read.
@@ -1214,7 +1259,7 @@ def test_a_corpus_with_a_file_that_may_not_be_read_is_refused_or_as_it_was(
     (copy / name).write_bytes(content)
     (copy / name).chmod(0)
     with nobody(copy):
-        refusals = check_corpus(Path("."), sound, name)
+        refusals = check_corpus(Path("."), sound.parts, name)
     assert (not refusals) == (name == CACHE)
 
 
@@ -1222,7 +1267,7 @@ def test_a_corpus_in_a_folder_that_may_not_be_read_is_refused(sound: Sound, tmp_
     copy = Path(shutil.copytree(sound.folder, tmp_path / "place" / "copy"))
     copy.chmod(0)
     with nobody(tmp_path / "place"):
-        refusals = check_corpus(Path("copy"), sound, "copy")
+        refusals = check_corpus(Path("copy"), sound.parts, "copy")
     copy.chmod(0o700)
     assert len(refusals) == len(PARTS)
 
@@ -1351,12 +1396,11 @@ def test_moebius_prepare_refuses_a_recipe_of_two_lines_in_one(
 @pytest.mark.parametrize(
     "case",
     [
-        Case(LOG, "null"),
         Case(LOG, "deep"),
-        Case(LOG, "junk", 1),
         Case(LOG, "delete"),
         Case(LOG, "folder"),
         Case(LOG, "swap"),
+        Case(LOG, "zero_page"),
     ],
     ids=str,
 )
@@ -1368,9 +1412,23 @@ def test_moebius_audit_refuses_a_damaged_log_in_one_line(
     assert str(logs_copy) in line
 
 
+@pytest.mark.parametrize(
+    "name", ["the_header_left_out", "a_list_as_a_reader", "rows_that_are_null", "an_epoch_far_on"]
+)
+def test_moebius_audit_refuses_a_strange_log_in_one_line(
+    name: str, logs_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_log(logs_copy / LOG, LOG_EDITS[name])
+    line = said_by(capsys, "audit", str(logs_copy.parent))
+    assert str(logs_copy) in line
+
+
 def test_there_are_many_cases() -> None:
     """Damages by chance and damages that were thought of, each of another kind or place."""
     by_chance = (CORPUS_CASES, SOURCE_CASES, TOKENIZER_CASES, AUDIT_CASES, JOURNAL_CASES)
-    thought_of = (MANIFEST_EDITS, PACK_EDITS, WRITTEN, TOKENIZER_EDITS, LOG_EDITS)
+    thought_of = (
+        *(MANIFEST_EDITS, PACK_EDITS, WRITTEN),
+        *(TOKENIZER_EDITS, LOG_EDITS, JOURNAL_EDITS),
+    )
     cases = len(set(itertools.chain(*by_chance))) + sum(map(len, thought_of))
     assert cases >= 300, f"only {cases} cases"
