@@ -414,7 +414,7 @@ DATATROVE_FAULTS = {
     "huge index": ("x.ds.index", pack("Q", [2, 2**64 - 1]), "the index says 18446744073709551615"),
     "count in metadata": ("x.ds.metadata", b"t|2\n5", "'5' tokens"),
     "no count in metadata": ("x.ds.metadata", b"t|2", "'' tokens"),
-    "size in metadata": ("x.ds.metadata", b"t|3\n4", "token size '3', allowed: 2 or 4"),
+    "size in metadata": ("x.ds.metadata", b"t|3\n4", "token size '3', allowed: [2, 4]"),
     "other size in metadata": ("x.ds.metadata", b"t|4\n4", "8 bytes"),
     "bytes in metadata": ("x.ds.metadata", bytes(range(256)), "tokens"),
 }
@@ -434,7 +434,7 @@ def test_a_token_size_that_does_not_come_out_is_refused(tmp_path: Path) -> None:
     path = WRITERS["datatrove bare"](tmp_path / "x", [[1, EOD], [2, EOD]])
     for size in (0, 4, 12, 17, 32):
         path.write_bytes(bytes(size))
-        assert f"{size} bytes for the 4 tokens of its index, allowed: 2 or 4" in refusal(path)
+        assert f"{size} bytes for the 4 tokens of its index, allowed: [2, 4]" in refusal(path)
 
 
 def index(
@@ -450,8 +450,8 @@ MEGATRON_FAULTS = {
     "empty": (b"", "no Megatron index"),
     "magic": (b"MMIDIDY" + index()[7:], "no Megatron index"),
     "half a header": (index()[:30], "no Megatron index"),
-    "version": (index()[:9] + pack("Q", [2]) + index()[17:], "version 2, allowed: 1"),
-    "no type": (index(code=0), "token type 0, allowed: [1, 2, 3, 4, 5, 8]"),
+    "version": (index()[:9] + pack("Q", [2]) + index()[17:], "version 2 and token type 8, allowed: 1"),
+    "no type": (index(code=0), "token type 0, allowed: 1 and one of [1, 2, 3, 4, 5, 8]"),
     "float type": (index(code=7), "token type 7"),
     "truncated": (index()[:-1], "81 bytes, its header says 82"),
     "oversized": (index() + b"1", "83 bytes, its header says 82"),
