@@ -26,7 +26,7 @@ from machine import ROOT, machine
 from moebius.data.build import build_stream
 from moebius.data.config import DataConfig, FilesSource, StdlibSource
 from moebius.data.corpus import open_corpora
-from moebius.data.manifest import Manifest, ShardEntry, Split, TokenizerEntry
+from moebius.data.manifest import Manifest, ShardEntry, Split, TokenizerEntry, write_manifest
 from moebius.data.prepare import Workshop, prepare
 from moebius.data.shards import ShardWriter
 from moebius.data.sources import documents
@@ -200,7 +200,7 @@ def write_many(folder: Path, tokenizer: Path) -> None:
             "validation": Split(bytes=1, shards=[held_out.close()]),
         },
     )
-    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    write_manifest(folder, manifest)
 
 
 def resume_seconds(config: DataConfig) -> float:

@@ -24,6 +24,10 @@ class DataError(MoebiusError):
 
     exit_code = 3
 
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        # Names out of damaged files may hold anything.
+        super().__init__(" ".join(message.splitlines()), hint)
+
 
 class CheckpointError(MoebiusError):
     """A checkpoint or a run folder is missing, damaged or belongs to another run."""

@@ -2,10 +2,12 @@
 
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def file_sha256(path: Path) -> str:
@@ -49,3 +51,23 @@ def exclusive(path: Path, wait: Callable[[], None] | None = None) -> Iterator[No
             wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def seal(tree: dict[str, Any]) -> str:
+    """JSON with a checksum of itself under `checksum`."""
+    return json.dumps(tree | {"checksum": _checksum(tree)}, indent=1)
+
+
+def unseal(text: bytes) -> dict[str, Any]:
+    """What was sealed. Raises ValueError where it is damaged or was edited."""
+    try:
+        tree = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(tree, dict) or tree.pop("checksum", None) != _checksum(tree):
+        raise ValueError("its checksum is wrong")
+    return tree
+
+
+def _checksum(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -5,19 +5,47 @@ next one went on is undone. A log of an attempt and a process is one JSON object
 header, then one for each step.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt, PositiveInt
 
+from moebius.config import ConfigNode
+from moebius.data.manifest import readable
 from moebius.data.stream import Stream
 from moebius.errors import DataError
 
 COLUMNS = ("position", "corpus", "epoch", "sample")
+LOG_NAME = re.compile(r"(?P<attempt>\d{4,9})-rank-(?P<rank>\d{5,9})\.jsonl")
+Number = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class Header(ConfigNode):
+    """The first line of a log."""
+
+    attempt: PositiveInt
+    rank: NonNegativeInt
+    dp: NonNegativeInt
+    """which of the processes that read different rows"""
+    step: NonNegativeInt
+    """after which the attempt begins"""
+    position: NonNegativeInt
+    batch_size: PositiveInt
+    samples: tuple[PositiveInt, ...] | None
+    """in an epoch of each corpus; None: without an end"""
+
+
+class Line(ConfigNode):
+    """What a process read for a step."""
+
+    step: PositiveInt
+    rows: tuple[tuple[Number, Number, Number, Number], ...]
+    """`COLUMNS` of each"""
 
 
 class AuditWriter:
@@ -26,30 +54,33 @@ class AuditWriter:
     def __init__(
         self, folder: Path, attempt: int, rank: int, dp: int, step: int, stream: Stream
     ) -> None:
-        """`dp`: which of the processes that read different rows; `step`: the one gone on from."""
         folder.mkdir(parents=True, exist_ok=True)
         self.stream = stream
         self.file: TextIO = (folder / f"{attempt:04}-rank-{rank:05}.jsonl").open("w")
+        samples = stream.num_samples
         self._write(
-            attempt=attempt,
-            step=step,
-            position=stream.position,
-            batch_size=stream.batch_size,
-            dp=dp,
-            samples=stream.num_samples,
+            Header(
+                attempt=attempt,
+                rank=rank,
+                dp=dp,
+                step=step,
+                position=stream.position,
+                batch_size=stream.batch_size,
+                samples=None if samples is None else tuple(samples),
+            )
         )
 
     def write(self, step: int, positions: Sequence[int]) -> None:
         """Note the samples that this process has read for a step, counted from 1."""
-        rows = [[position, *self.stream.place(position)] for position in positions]
-        self._write(step=step, rows=rows)
+        rows = tuple((position, *self.stream.place(position)) for position in positions)
+        self._write(Line(step=step, rows=rows))
 
     def close(self) -> None:
         """Close the file."""
         self.file.close()
 
-    def _write(self, **fields: Any) -> None:
-        self.file.write(json.dumps(fields) + "\n")
+    def _write(self, line: ConfigNode) -> None:
+        self.file.write(line.model_dump_json() + "\n")
         self.file.flush()
 
 
@@ -57,19 +88,25 @@ class AuditWriter:
 class Attempt:
     """What the processes of one start of a run have read."""
 
-    step: int
-    """after which it began"""
-    position: int
-    batch_size: int
-    samples: tuple[int, ...] | None
-    """in an epoch of each corpus; None: without an end"""
+    header: Header
+    """that of one of them"""
     steps: dict[int, NDArray[np.int64]]
     """step -> rows `[B, 4]` of `COLUMNS`, by position"""
 
 
+def log_files(folder: Path) -> dict[int, list[Path]]:
+    """The logs of each attempt."""
+    found: dict[int, list[Path]] = {}
+    for path in sorted(folder.glob("*")):
+        name = LOG_NAME.fullmatch(path.name)
+        if name is not None:
+            found.setdefault(int(name["attempt"]), []).append(path)
+    return found
+
+
 def next_attempt(folder: Path) -> int:
     """The number of an attempt that has no log yet."""
-    return max((int(path.name[:4]) for path in folder.glob("*-rank-*.jsonl")), default=0) + 1
+    return max(log_files(folder), default=0) + 1
 
 
 def read_audit(folder: Path) -> NDArray[np.int64]:
@@ -78,35 +115,39 @@ def read_audit(folder: Path) -> NDArray[np.int64]:
     Raises DataError where they do not prove that each sample came once: a gap, a repetition, a step
     that is missing, processes that disagree.
     """
-    attempts = [_attempt(folder, number) for number in _numbers(folder)]
-    first = attempts[0]
+    logs = log_files(folder)
+    if not logs:
+        raise DataError(f"audit: '{folder}' has no logs", "train with log.audit=true")
+    attempts = [_attempt(folder, number, paths) for number, paths in sorted(logs.items())]
+    first = attempts[0].header
     steps: dict[int, NDArray[np.int64]] = {}
     sizes: dict[int, int] = {}
     for attempt in attempts:
         reached = max(steps, default=first.step)
-        if not first.step <= attempt.step <= reached:
+        begin = attempt.header.step
+        if not first.step <= begin <= reached:
             raise DataError(
-                f"audit '{folder}': an attempt begins after step {attempt.step}, those before it "
+                f"audit '{folder}': an attempt begins after step {begin}, those before it "
                 f"gave steps {first.step + 1} to {reached}"
             )
-        steps = {step: rows for step, rows in steps.items() if step <= attempt.step}
+        steps = {step: rows for step, rows in steps.items() if step <= begin}
         steps |= attempt.steps
-        sizes |= dict.fromkeys(attempt.steps, attempt.batch_size)
+        sizes |= dict.fromkeys(attempt.steps, attempt.header.batch_size)
     position = first.position
     for number in range(first.step + 1, max(steps, default=first.step) + 1):
         if number not in steps:
             raise DataError(f"audit '{folder}': step {number} is missing")
         found = steps[number][:, 0]
-        expected = np.arange(position, position + sizes[number])
-        if not np.array_equal(found, expected):
+        size = sizes[number]
+        if len(found) != size or not np.array_equal(found, np.arange(position, position + size)):
             raise DataError(
                 f"audit '{folder}': step {number} has samples {_brief(found)}, "
-                f"expected {_brief(expected)}"
+                f"expected {position} to {position + size - 1}"
             )
         position += sizes[number]
     empty = np.zeros((0, len(COLUMNS)), dtype=np.int64)
     rows = np.concatenate([empty, *(steps[number] for number in sorted(steps))])
-    _check_epochs(folder, rows, attempts[-1].samples)
+    _check_epochs(folder, rows, attempts[-1].header.samples)
     return rows
 
 
@@ -119,34 +160,31 @@ def compare(first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[int, i
     return len(common), int(common[np.argmax(differs)]) if differs.any() else -1
 
 
-def _numbers(folder: Path) -> list[int]:
-    numbers = sorted({int(path.name[:4]) for path in folder.glob("[0-9]*-rank-*.jsonl")})
-    if not numbers:
-        raise DataError(f"audit: '{folder}' has no logs", "train with log.audit=true")
-    return numbers
-
-
-def _attempt(folder: Path, number: int) -> Attempt:
+def _attempt(folder: Path, number: int, paths: list[Path]) -> Attempt:
     """The logs of all processes of an attempt, joined."""
-    heads: list[dict[str, Any]] = []
-    steps: dict[int, dict[int, list[list[int]]]] = {}
+    heads: list[Header] = []
+    steps: dict[int, dict[int, tuple[tuple[int, ...], ...]]] = {}
     """step -> reader -> rows"""
-    for path in sorted(folder.glob(f"{number:04}-rank-*.jsonl")):
-        lines = list(_lines(path))
-        if not lines:
+    for path in paths:
+        head, lines = _read(path)
+        if head is None:
             continue  # killed before its first line
-        head = lines[0]
+        own = LOG_NAME.fullmatch(path.name)
+        if own is None or (head.attempt, head.rank) != (number, int(own["rank"])):
+            raise DataError(f"audit '{path}': it is the log of another attempt or process")
         heads.append(head)
-        for line in lines[1:]:
-            readers = steps.setdefault(line["step"], {})
-            if readers.setdefault(head["dp"], line["rows"]) != line["rows"]:
+        if any(_shared(head) != _shared(other) for other in heads):
+            raise DataError(f"audit '{path}': its header differs from those of other processes")
+        for line in lines:
+            readers = steps.setdefault(line.step, {})
+            if readers.setdefault(head.dp, line.rows) != line.rows:
                 raise DataError(
-                    f"audit '{path}': at step {line['step']} processes of one row read different "
+                    f"audit '{path}': at step {line.step} processes of one row read different "
                     "samples"
                 )
     if not heads:
         raise DataError(f"audit '{folder}': attempt {number} has no header")
-    wanted = {head["dp"] for head in heads}
+    wanted = {head.dp for head in heads}
     joined = {}
     for step, readers in steps.items():
         if readers.keys() != wanted:
@@ -154,37 +192,51 @@ def _attempt(folder: Path, number: int) -> Attempt:
         rows = [row for reader in readers.values() for row in reader]
         table = np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS))
         joined[step] = table[np.argsort(table[:, 0], kind="stable")]
-    samples = heads[0]["samples"]
-    return Attempt(
-        heads[0]["step"],
-        heads[0]["position"],
-        heads[0]["batch_size"],
-        None if samples is None else tuple(samples),
-        joined,
-    )
+    return Attempt(heads[0], joined)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log; the last one may be cut where a process was killed."""
-    texts = path.read_text(errors="replace").split("\n")
+def _shared(head: Header) -> Header:
+    """What all processes of an attempt say alike."""
+    return head.model_copy(update={"rank": 0, "dp": 0})
+
+
+def _read(path: Path) -> tuple[Header | None, list[Line]]:
+    """Header and lines of a log; the last one may be cut where a process was killed."""
+    with readable(path):
+        if not path.is_file():
+            raise DataError(f"audit '{path}': it is no file")
+        texts = path.read_bytes().split(b"\n")
+    head: Header | None = None
+    lines: list[Line] = []
     for number, text in enumerate(texts):
         if not text:
             continue
         try:
-            line = json.loads(text)
-            wanted = {"position", "batch_size", "dp", "samples"} if number == 0 else {"rows"}
-            if not isinstance(line, dict) or not wanted | {"step"} <= line.keys():
-                raise ValueError("fields")
+            if number == 0:
+                head = Header.model_validate_json(text)
+            else:
+                lines.append(Line.model_validate_json(text))
         except ValueError:
             if number == len(texts) - 1:
-                return
+                break
             raise DataError(f"audit '{path}': line {number + 1} is damaged") from None
-        yield line
+    return head, lines if head is not None else []
 
 
 def _check_epochs(folder: Path, rows: NDArray[np.int64], samples: tuple[int, ...] | None) -> None:
     """No sample comes twice in an epoch, and all of a finished one come."""
     keys = rows[:, 1:]
+    if len(keys) and samples is not None:
+        sizes = np.array(samples, dtype=np.int64)
+        corpora = keys[:, 0]
+        outside = corpora >= len(sizes)
+        outside |= keys[:, 2] >= sizes[np.minimum(corpora, len(sizes) - 1)]
+        outside |= keys[:, 1] > len(keys)
+        if outside.any():
+            corpus, epoch, sample = keys[np.argmax(outside)].tolist()
+            raise DataError(
+                f"audit '{folder}': there is no sample {sample} of corpus {corpus} in epoch {epoch}"
+            )
     unique, counts = np.unique(keys, axis=0, return_counts=True)
     if (counts > 1).any():
         corpus, epoch, sample = unique[np.argmax(counts)].tolist()

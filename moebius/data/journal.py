@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, ValidationError
+import numpy as np
+from pydantic import Field, NonNegativeInt
 
 from moebius.config import ConfigNode
 from moebius.data.manifest import Sha256, ShardEntry, Split
 from moebius.data.shards import ShardWriter
-from moebius.files import file_sha256, write_whole
+from moebius.files import file_sha256, seal, unseal, write_whole
 
 JOURNAL_NAME = "progress.json"
 
@@ -31,6 +33,8 @@ class Journal(ConfigNode):
     format: Literal[1] = 1
     recipe: dict[str, object]
     tokenizer_sha256: Sha256
+    itemsize: Literal[2, 4]
+    """bytes of a token"""
     documents: NonNegativeInt = 0
     """read from the source"""
     duplicates: NonNegativeInt = 0
@@ -43,8 +47,9 @@ def read_journal(folder: Path, recipe: dict[str, object], tokenizer: Path) -> Jo
     """The journal of an unfinished preparation by the same recipe and tokenizer; None: there is
     none to go on from."""
     try:
-        found = Journal.model_validate_json((folder / JOURNAL_NAME).read_bytes())
-    except (OSError, ValidationError):
+        tree = unseal((folder / JOURNAL_NAME).read_bytes())
+        found = Journal.model_validate_json(json.dumps(tree))
+    except (OSError, ValueError):  # of which a ValidationError is one
         return None
     if found.recipe != recipe or not tokenizer.is_file():
         return None
@@ -54,7 +59,7 @@ def read_journal(folder: Path, recipe: dict[str, object], tokenizer: Path) -> Jo
 
 def write_journal(folder: Path, journal: Journal) -> None:
     """Replace the journal; the shards must be flushed."""
-    write_whole(folder / JOURNAL_NAME, journal.model_dump_json())
+    write_whole(folder / JOURNAL_NAME, seal(journal.model_dump(mode="json")))
 
 
 def clear(folder: Path) -> None:
@@ -72,16 +77,20 @@ def tidy(folder: Path, shards: Iterable[ShardEntry]) -> None:
 
 
 def _is_on_disk(journal: Journal, folder: Path) -> bool:
-    """Whether the files of open shards are there and long enough."""
+    """Whether the files that a journal speaks of are there, and those of open shards whole."""
     for name, split in journal.splits.items():
-        prefix = folder / shard_name(name, len(split.shards))
-        lengths = prefix.with_suffix(".lengths")
-        if split.documents and not (
-            lengths.is_file() and lengths.stat().st_size >= 4 * split.documents
-        ):
+        if not all((folder / f"{shard.name}.bin").is_file() for shard in split.shards):
             return False
-        names = [shard.name for shard in split.shards]
-        if not all((folder / f"{shard}.bin").is_file() for shard in names):
+        if split.documents == 0:
+            continue
+        prefix = folder / shard_name(name, len(split.shards))
+        lengths_path, tokens_path = prefix.with_suffix(".lengths"), prefix.with_suffix(".bin")
+        if not (lengths_path.is_file() and tokens_path.is_file()):
+            return False
+        lengths = np.fromfile(lengths_path, dtype="<i4", count=split.documents)
+        whole = len(lengths) == split.documents and lengths.sum(dtype=np.int64) == split.tokens
+        size = split.tokens * journal.itemsize
+        if not whole or lengths.min() < 1 or tokens_path.stat().st_size < size:
             return False
     return True
 

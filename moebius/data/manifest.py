@@ -1,6 +1,9 @@
 """The manifest of a prepared corpus: what made it and what it holds."""
 
 import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -8,19 +11,20 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_
 
 from moebius.config import ConfigNode
 from moebius.errors import DataError
-from moebius.files import file_sha256
+from moebius.files import file_sha256, seal, unseal, write_whole
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+Count = Annotated[int, Field(gt=0, lt=2**48)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ShardEntry(ConfigNode):
     """One shard: the files `<name>.bin`, `<name>.idx` and `<name>.sums`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
-    documents: PositiveInt
-    tokens: PositiveInt
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)
+    documents: Count
+    tokens: Count
     sha256: Sha256
     """of the .bin file"""
     index_sha256: Sha256
@@ -32,7 +36,7 @@ class ShardEntry(ConfigNode):
 class Split(ConfigNode):
     """The shards of one split."""
 
-    bytes: NonNegativeInt
+    bytes: Annotated[NonNegativeInt, Field(lt=2**62)]
     """UTF-8 bytes of the text, for bits per byte"""
     shards: list[ShardEntry] = Field(min_length=1)
 
@@ -53,6 +57,12 @@ class TokenizerEntry(ConfigNode):
     sha256: Sha256
     vocab_size: PositiveInt
     eod_id: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _has_its_end(self) -> Self:
+        if self.eod_id >= self.vocab_size:
+            raise ValueError(f"eod_id {self.eod_id} is not below vocab_size {self.vocab_size}")
+        return self
 
 
 class Manifest(ConfigNode):
@@ -86,6 +96,20 @@ class Manifest(ConfigNode):
         return hashlib.sha256("\n".join([self.tokenizer.sha256, *shards]).encode()).hexdigest()
 
 
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Make a folder of shards a corpus."""
+    write_whole(folder / MANIFEST_NAME, seal(manifest.model_dump(mode="json")))
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise DataError where a file cannot be read, for want of permission or a good disk."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"data: cannot read '{path}': {error.strerror or error}") from error
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read a manifest and check the tokenizer beside it.
 
@@ -97,7 +121,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"data.dir: there is no prepared corpus in '{folder}'", "make it with moebius prepare"
         )
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        # Through JSON again: only there a tuple of the model is a list.
+        manifest = Manifest.model_validate_json(json.dumps(unseal(path.read_bytes())))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         if isinstance(error, ValidationError):
@@ -107,7 +132,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"data.dir: cannot read '{path}': {reason}", "delete the folder to rebuild"
         ) from error
     tokenizer = folder / TOKENIZER_NAME
-    if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer.sha256:
+    with readable(tokenizer):
+        same = tokenizer.is_file() and file_sha256(tokenizer) == manifest.tokenizer.sha256
+    if not same:
         raise DataError(
             f"data.dir: '{tokenizer}' is missing or not the one the shards were made with",
             "delete the folder to rebuild",

@@ -35,7 +35,7 @@ def _write(path: Path, packing: Packing, shard: Shard, sequence_length: int) -> 
         array.tobytes() for array in (packing.offsets_N, packing.starts_P, packing.lengths_P)
     )
     counts = packing.num_samples, len(packing.starts_P)
-    digest = _digest(shard, sequence_length, content)
+    digest = _digest(shard, sequence_length, counts, content)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # processes may make it at once
     try:
         temporary.write_bytes(HEADER.pack(MAGIC, digest, *counts) + content)
@@ -45,15 +45,18 @@ def _write(path: Path, packing: Packing, shard: Shard, sequence_length: int) -> 
 
 
 def _read(path: Path, shard: Shard, sequence_length: int) -> Packing | None:
-    if not path.is_file() or path.stat().st_size < HEADER.size:
+    try:
+        if not path.is_file() or path.stat().st_size < HEADER.size:
+            return None
+        content = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+    except OSError:
         return None
-    content = np.memmap(path, dtype=np.uint8, mode="r")
     magic, digest, samples, pieces = HEADER.unpack(content[: HEADER.size].tobytes())
     sizes = [8 * (samples + 1), 8 * pieces, 4 * pieces]
     body = content[HEADER.size :]
     if magic != MAGIC or len(body) != sum(sizes):
         return None
-    if _digest(shard, sequence_length, body.data) != digest:
+    if _digest(shard, sequence_length, (samples, pieces), body.data) != digest:
         return None
     offsets, starts, lengths = np.split(body, np.cumsum(sizes[:2]))
     return Packing(
@@ -61,7 +64,9 @@ def _read(path: Path, shard: Shard, sequence_length: int) -> Packing | None:
     )
 
 
-def _digest(shard: Shard, sequence_length: int, content: bytes | memoryview) -> bytes:
-    digest = hashlib.sha256(f"{shard.entry.index_sha256}/{sequence_length}/".encode())
+def _digest(
+    shard: Shard, sequence_length: int, counts: tuple[int, int], content: bytes | memoryview
+) -> bytes:
+    digest = hashlib.sha256(f"{shard.entry.index_sha256}/{sequence_length}/{counts}/".encode())
     digest.update(content)
     return digest.digest()

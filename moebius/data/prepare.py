@@ -40,6 +40,7 @@ from moebius.data.manifest import (
     Split,
     TokenizerEntry,
     read_manifest,
+    write_manifest,
 )
 from moebius.data.seen import SeenIds
 from moebius.data.shards import token_dtype
@@ -174,7 +175,12 @@ def _make(
         clear(folder)
         if tokenizer_file is None:
             make_tokenizer(config.tokenizer, [source], vocab_size, path)
-        journal = Journal(recipe=recipe, tokenizer_sha256=file_sha256(path))
+        itemsize = token_dtype(count_ids(load_tokenizer(path))).itemsize
+        journal = Journal(
+            recipe=recipe,
+            tokenizer_sha256=file_sha256(path),
+            itemsize=2 if itemsize == 2 else 4,
+        )
         write_journal(folder, journal)
     tokenizer = load_tokenizer(path)
     eod, num_ids = eod_id(tokenizer, config.tokenizer), count_ids(tokenizer)
@@ -193,7 +199,7 @@ def _make(
         splits=splits,
     )
     # A corpus without a manifest is an unfinished one.
-    write_whole(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
+    write_manifest(folder, manifest)
     (folder / JOURNAL_NAME).unlink(missing_ok=True)
     for split in splits.values():
         tidy(folder, split.shards)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moebius.data.manifest import ShardEntry
+from moebius.data.manifest import ShardEntry, readable
 from moebius.data.storage import Storage
 from moebius.errors import DataError
 from moebius.files import file_sha256, sync
@@ -47,6 +47,7 @@ class ShardWriter:
     def __init__(self, prefix: Path, vocab_size: int, documents: int = 0, tokens: int = 0) -> None:
         """`documents` and `tokens`: how many an earlier writer has flushed; the rest is cut off."""
         self.prefix = prefix
+        self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
         self.num_documents, self.num_tokens = documents, tokens
         self.bin = prefix.with_suffix(".bin").open("r+b" if documents else "wb")
@@ -56,7 +57,9 @@ class ShardWriter:
             file.seek(size)
 
     def write(self, ids: NDArray[np.integer]) -> None:
-        """Append one document."""
+        """Append one document. Raises OverflowError for an id that the vocabulary does not have."""
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise OverflowError(f"token id {ids.max()} or {ids.min()} of {self.vocab_size}")
         self.bin.write(ids.astype(self.dtype, copy=False).tobytes())
         self.lengths.write(struct.pack("<i", len(ids)))
         self.num_documents += 1
@@ -157,8 +160,10 @@ class Shard:
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each document, `[documents]`, its end-of-document token included."""
         path = self.storage.fetch(f"{self.entry.name}.idx")
-        if not path.is_file() or file_sha256(path) != self.entry.index_sha256:
-            raise self._error(Fault(f"{self.entry.name}.idx", "is missing or damaged"))
+        with readable(path):
+            same = path.is_file() and file_sha256(path) == self.entry.index_sha256
+        if not same:
+            raise self._error(Fault(path.name, "is missing or damaged"))
         return np.fromfile(path, dtype="<i4", count=self.entry.documents, offset=HEADER.size)
 
     @property
@@ -187,7 +192,11 @@ class Shard:
             return missing
         wanted = (self.entry.sha256, self.entry.index_sha256, self.entry.sums_sha256)
         for (kind, path), sha256 in zip(paths.items(), wanted, strict=True):
-            if file_sha256(path) != sha256:
+            try:
+                same = file_sha256(path) == sha256
+            except OSError as error:
+                return Fault(f"{name}.{kind}", f"cannot be read: {error.strerror or error}")
+            if not same:
                 return Fault(f"{name}.{kind}", "is not the file that was prepared (SHA-256)")
         return None
 
@@ -214,7 +223,7 @@ class Shard:
         if opened is None:
             try:
                 opened = self._map(fresh=False)
-            except (DataError, FileNotFoundError):
+            except DataError:
                 if not self.storage.is_remote:
                     raise
                 # The copy is damaged or an old one, or has just left the cache.
@@ -225,7 +234,8 @@ class Shard:
     def _map(self, fresh: bool) -> _Open:
         name = self.entry.name
         sums_path = self.storage.fetch(f"{name}.sums", fresh=fresh)
-        sums = sums_path.read_bytes() if sums_path.is_file() else b""
+        with readable(sums_path):
+            sums = sums_path.read_bytes() if sums_path.is_file() else b""
         if hashlib.sha256(sums).hexdigest() != self.entry.sums_sha256:
             raise self._error(Fault(f"{name}.sums", "is missing or damaged"))
         path = self.storage.fetch(f"{name}.bin", fresh=fresh)
@@ -233,7 +243,8 @@ class Shard:
         if fault is not None:
             raise self._error(fault)
         checked = np.zeros(len(sums) // DIGEST, dtype=np.bool_)
-        mapped = np.memmap(path, dtype=self.dtype, mode="r").view(np.ndarray)
+        with readable(path):
+            mapped = np.memmap(path, dtype=self.dtype, mode="r").view(np.ndarray)
         return _Open(mapped, sums, checked)
 
     def _check(self, opened: _Open, pieces: slice) -> None:

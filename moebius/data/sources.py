@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moebius.data.config import FilesSource, HubSource, HubStreamSource, StdlibSource
+from moebius.data.text_files import JsonFile, TextFile
 from moebius.errors import DataError
 
 FILE_KINDS = {
@@ -147,19 +148,30 @@ def _module(path: Path) -> list[dict[str, str]]:
 
 
 def _file(path: Path, name: str) -> Rows:
-    bare = path.with_suffix("") if path.suffix in COMPRESSED else path
+    bare = _bare(path)
     kind = FILE_KINDS.get(bare.suffix)
     if kind is None or (bare != path and kind in ("parquet", "arrow")):
         raise DataError(
             f"data.source.paths: '{path}' is none of {', '.join(FILE_KINDS)}",
             f"all but .parquet and .arrow may be compressed ({', '.join(COMPRESSED)})",
         )
-    size = path.stat().st_size if path.is_file() and bare == path else None
-    if size == 0 and kind != "parquet":
-        return Rows(name, f"'{path}'", list, 0)
+    if not path.is_file():
+        raise DataError(f"data.source.paths: '{path}' is no file", "name files only")
+    size = path.stat().st_size if bare == path else None
+    if kind == "text":
+        return Rows(name, f"'{path}'", partial(TextFile, path), size)
+    if kind == "json":
+        return Rows(name, f"'{path}'", partial(JsonFile, path), size)
     if kind == "parquet":
         size = _parquet_bytes(path)
+        if size == 0:  # which `datasets` cannot read
+            return Rows(name, f"'{path}'", list, 0)
     return Rows(name, f"'{path}'", partial(_load_file, kind, path), size)
+
+
+def _bare(path: Path) -> Path:
+    """The name of a file before it was compressed."""
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
 
 
 def _parquet_bytes(path: Path) -> int | None:
@@ -180,9 +192,8 @@ def _load_file(kind: str, path: Path) -> Any:
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it would log what is raised below
     # Else every file, a local one too, is counted by a request to the hub.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     return datasets.load_dataset(
-        kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options
+        kind, data_files=glob.escape(str(path)), split="train", streaming=True
     )
 
 
@@ -200,7 +211,7 @@ def _document(row: dict[str, Any], source: TextSource, part: Rows, number: int) 
     if isinstance(source, StdlibSource):
         return Document(part.name, row["text"])
     where = f"{part.where} row {number}"
-    is_text = isinstance(source, FilesSource) and ".txt" in Path(part.name).suffixes
+    is_text = isinstance(source, FilesSource) and _bare(Path(part.name)).suffix == ".txt"
     text = _text(row, "text" if is_text else source.text_field, "text_field", where)
     id_field = None if isinstance(source, HubStreamSource) or is_text else source.id_field
     if id_field is None:

@@ -10,6 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from moebius.data.config import TokenizerConfig
 from moebius.errors import DataError
 
+MAX_IDS = 2**31
+"""what the widest type of token in a shard holds"""
+
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, eod_token: str, special_tokens: Sequence[str] = ()
@@ -41,6 +44,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"tokenizer: cannot read '{path}': {error}") from error
+    ids = tokenizer.get_vocab().values()
+    if not ids or len(set(ids)) < len(ids) or max(ids) >= MAX_IDS:
+        raise DataError(
+            f"tokenizer: '{path}' has {len(ids)} tokens with {len(set(ids))} ids up to "
+            f"{max(ids, default=0)}, allowed: an id for each, below {MAX_IDS}"
+        )
     # A tokenizer.json may cut or pad what it encodes; a corpus must keep every token.
     tokenizer.no_truncation()
     tokenizer.no_padding()

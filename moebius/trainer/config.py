@@ -136,7 +136,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 def settings(config: RunConfig) -> dict[str, Any]:
     """Dotted path -> value of every setting that all processes of a run have alike. Where data lies
     may differ from node to node."""
-    placed = {"data": PLACES - {"bad_shards"}}
+    placed = {"data": set(PLACES - {"bad_shards"})}
     return dict(_leaves(config.model_dump(mode="json", exclude=placed), ()))
 
 

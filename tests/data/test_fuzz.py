@@ -396,7 +396,11 @@ def alone(work: Callable[[], object], report: Path) -> None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
     if status != 0:
-        reason = report.read_text() if report.exists() else f"ended by signal {status}"
+        reason = (
+            report.read_text()
+            if report.exists()
+            else f"ended with {os.waitstatus_to_exitcode(status)}"
+        )
         pytest.fail(reason, pytrace=False)
 
 
@@ -909,7 +913,7 @@ TOKENIZER_EDITS: dict[str, Callable[[Tree], object]] = {
     "an_end_without_content": lambda tree: tree["added_tokens"][0].update(content=""),
     "no_decoder": lambda tree: tree.update(decoder=None),
     "no_pieces": lambda tree: tree.update(pre_tokenizer=None),
-    "upper_case_only": lambda tree: tree.update(normalizer={"type": "Lowercase"}),
+    "lower_case_only": lambda tree: tree.update(normalizer={"type": "Lowercase"}),
     "cut": lambda tree: tree.update(
         truncation={
             "max_length": 3,

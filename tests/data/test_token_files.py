@@ -450,7 +450,10 @@ MEGATRON_FAULTS = {
     "empty": (b"", "no Megatron index"),
     "magic": (b"MMIDIDY" + index()[7:], "no Megatron index"),
     "half a header": (index()[:30], "no Megatron index"),
-    "version": (index()[:9] + pack("Q", [2]) + index()[17:], "version 2 and token type 8, allowed: 1"),
+    "version": (
+        index()[:9] + pack("Q", [2]) + index()[17:],
+        "version 2 and token type 8, allowed: 1",
+    ),
     "no type": (index(code=0), "token type 0, allowed: 1 and one of [1, 2, 3, 4, 5, 8]"),
     "float type": (index(code=7), "token type 7"),
     "truncated": (index()[:-1], "81 bytes, its header says 82"),

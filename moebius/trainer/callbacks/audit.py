@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moebius.data.audit import AuditWriter, next_attempt
+from moebius.data.audit import AuditWriter, log_files, next_attempt
 from moebius.parallel.world import agree
 from moebius.trainer.callbacks.base import Callback, StepReport
 
@@ -27,8 +27,9 @@ class AuditCallback(Callback):
         """Begin the log of this attempt."""
         folder = run.folder / AUDIT_FOLDER
         if run.step == 0 and run.layout.mesh.rank == 0 and folder.exists():
-            for path in folder.glob("*-rank-*.jsonl"):  # of a run that was begun anew
-                path.unlink()
+            for paths in log_files(folder).values():  # of a run that was begun anew
+                for path in paths:
+                    path.unlink()
         attempt = agree(next_attempt(folder))
         mesh = run.layout.mesh
         self.writer = AuditWriter(folder, attempt, mesh.rank, mesh.dp.rank, run.step, run.stream)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moebius.data.corpus import Corpus, SplitReader
 from moebius.data.manifest import TOKENIZER_NAME, Split
@@ -66,7 +67,7 @@ def splits_table(corpus: Corpus) -> Table:
     """Size of each split, and quantiles of the lengths of its documents in tokens."""
     manifest = corpus.manifest
     vocab_size = manifest.tokenizer.vocab_size
-    table = Table("", *manifest.splits, title=corpus.storage.location)
+    table = Table("", *manifest.splits, title=Text(corpus.storage.location))
     lengths = [
         np.concatenate(
             [Shard(corpus.storage, entry, vocab_size).lengths() for entry in split.shards]
