@@ -36,7 +36,7 @@ class Header(ConfigNode):
     """after which the attempt begins"""
     position: NonNegativeInt
     batch_size: PositiveInt
-    samples: tuple[PositiveInt, ...] | None
+    samples: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None
     """in an epoch of each corpus; None: without an end"""
 
 

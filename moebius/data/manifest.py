@@ -116,7 +116,9 @@ def read_manifest(folder: Path) -> Manifest:
     Raises DataError where there is no corpus, or a damaged one.
     """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    with readable(path):
+        there = path.is_file()
+    if not there:
         raise DataError(
             f"data.dir: there is no prepared corpus in '{folder}'", "make it with moebius prepare"
         )

@@ -36,6 +36,7 @@ from moebius.data.prepare import Workshop, is_validation, prepare
 from moebius.data.stream import TrainStream
 from moebius.data.tokenizer import load_tokenizer, train_tokenizer
 from moebius.errors import DataError
+from moebius.files import seal, unseal
 from tests.conftest import QUIET, VOCAB_SIZE
 
 EOD = "<|endoftext|>"
@@ -369,13 +370,29 @@ def test_a_damaged_manifest_is_refused(corpus_copy: DataConfig, content: bytes) 
 
 def test_a_manifest_of_another_format_is_refused(corpus_copy: DataConfig) -> None:
     path = Path(corpus_copy.dir) / "manifest.json"
-    tree = json.loads(path.read_text())
+    tree = unseal(path.read_bytes())
     for other in (1, 3, "2", None):
-        path.write_text(json.dumps(tree | {"format": other}))
-        assert str(path) in refusal(corpus_copy)
-    del tree["format"]
-    path.write_text(json.dumps(tree | {"version": 2}))
+        path.write_text(seal(tree | {"format": other}))
+        message = refusal(corpus_copy)
+        assert str(path) in message
+        assert "format" in message
+    path.write_text(seal(tree | {"version": 2}))
     assert str(path) in refusal(corpus_copy)
+    path.write_text(seal(tree))
+    prepared(corpus_copy)
+
+
+@pytest.mark.parametrize("field", ["documents", "tokens", "sha256", "sums_sha256"])
+def test_a_manifest_that_was_edited_is_refused(corpus_copy: DataConfig, field: str) -> None:
+    """Also where what it says then could be."""
+    path = Path(corpus_copy.dir) / "manifest.json"
+    tree = json.loads(path.read_text())
+    shard = tree["splits"]["train"]["shards"][0]
+    shard[field] = shard[field][::-1] if isinstance(shard[field], str) else shard[field] + 1
+    path.write_text(json.dumps(tree, indent=1))
+    message = refusal(corpus_copy)
+    assert str(path) in message
+    assert "checksum" in message
 
 
 def test_a_manifest_written_is_the_manifest_read(small_corpus: DataConfig) -> None:
@@ -392,9 +409,8 @@ def test_a_manifest_written_is_the_manifest_read(small_corpus: DataConfig) -> No
         "validation-00000.idx",
         "validation-00000.sums",
     ]
-    assert Manifest.model_validate_json((folder / "manifest.json").read_bytes()) == read_manifest(
-        folder
-    )
+    content = json.dumps(unseal((folder / "manifest.json").read_bytes()))
+    assert Manifest.model_validate_json(content) == read_manifest(folder)
 
 
 @pytest.mark.parametrize("content", ["", '{"text": ""}\n{"text": ""}\n'])
@@ -696,9 +712,9 @@ def test_a_preparation_may_be_interrupted_again_and_again(
 
 def change_recipe(folder: Path) -> None:
     path = folder / "progress.json"
-    tree = json.loads(path.read_text())
+    tree = unseal(path.read_bytes())
     tree["recipe"]["validation_fraction"] = 0.3
-    path.write_text(json.dumps(tree))
+    path.write_text(seal(tree))
 
 
 def cut_lengths(folder: Path) -> None:

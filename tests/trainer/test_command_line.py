@@ -18,6 +18,7 @@ import pytest
 from moebius.data.config import DataConfig
 from moebius.data.manifest import Manifest
 from moebius.data.shards import ShardWriter
+from moebius.files import seal, unseal
 from moebius.model.cost import forward_flops, planned_work, visit_costs
 from moebius.model.decoder import Decoder
 from moebius.trainer.config import RunConfig
@@ -194,10 +195,10 @@ def test_nodes_with_other_run_files_or_corpora_are_refused(
     config_path: Path, own_data: Path
 ) -> None:
     """The main process and one whose options or corpus are not the same: that one says which."""
-    manifest = own_data / "manifest.json"
-    tree = json.loads(manifest.read_text())
+    path = own_data / "manifest.json"
+    tree = unseal(path.read_bytes())
     tree["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
-    manifest.write_text(json.dumps(tree))
+    path.write_text(seal(tree))
     for change, said in (
         ("optim.lr=0.5", "optim.lr: 0.5, but 0.01 on the main process"),
         (f"data.dir={own_data}", "on the main process"),
@@ -288,10 +289,10 @@ def test_token_id_outside_the_vocabulary(config_path: Path, own_data: Path) -> N
     tokens = np.fromfile(path, dtype="<u2")
     writer = ShardWriter(own_data / "train-00000", 2**16)
     writer.write(np.full(len(tokens), 60_000))
-    manifest = own_data / "manifest.json"
-    tree = json.loads(manifest.read_text())
+    made = own_data / "manifest.json"
+    tree = unseal(made.read_bytes())
     tree["splits"]["train"]["shards"] = [writer.close().model_dump()]
-    manifest.write_text(json.dumps(tree))
+    made.write_text(seal(tree))
     result = moebius("train", config_path, f"data.dir={own_data}")
     assert result.returncode == 3
     line = error_line(result)
