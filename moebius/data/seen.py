@@ -15,9 +15,9 @@ class SeenIds:
     """
 
     def __init__(self, path: Path, documents: int) -> None:
-        if documents == 0:
-            path.unlink(missing_ok=True)
         self.path = path
+        if documents == 0:
+            self._remove()
         try:
             self.database = sqlite3.connect(path, isolation_level=None)
             # Losing the last writes is all right: `commit` is followed by the journal's.
@@ -52,5 +52,9 @@ class SeenIds:
     def delete(self) -> None:
         """Close, and remove the files."""
         self.close()
+        self._remove()
+
+    def _remove(self) -> None:
+        """The log, too: it would be replayed into a new database."""
         for suffix in ("", "-wal", "-shm"):
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)

@@ -881,12 +881,13 @@ def test_duplicates_are_counted_once_however_often_it_was_interrupted(tmp_path: 
     config = ids_config(tmp_path, "a.jsonl")
     whole = prepared(config.model_copy(update={"dir": str(tmp_path / "whole")}))
     assert whole.duplicates > 30
-    for at in (3, 8):
-        again = config.model_copy(update={"dir": str(tmp_path / f"every-{at}")})
-        while interrupt(again, at):
-            gc.collect()  # lets go of the database of ids, as a process that ends does
-        assert read_manifest(Path(again.dir)) == whole
-        assert bin_bytes(Path(again.dir)) == bin_bytes(tmp_path / "whole")
+    times = 0
+    while interrupt(config, 3):
+        gc.collect()  # lets go of the database of ids, as a process that ends does
+        times += 1
+    assert times == 8
+    assert read_manifest(tmp_path / "out") == whole
+    assert bin_bytes(tmp_path / "out") == bin_bytes(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("journaled")
@@ -922,20 +923,15 @@ def test_ids_are_known_until_the_shards_are_closed(
 # Processes.
 
 
-@pytest.mark.parametrize("with_ids", [False, True])
 def test_several_processes_write_the_same_corpus(
-    small_file: Path, tmp_path: Path, with_ids: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Which documents are duplicates, too."""
     monkeypatch.setattr(encode_module, "SMALL_BYTES", 0)
     monkeypatch.setattr(encode_module, "BATCH_DOCUMENTS", 7)
     monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 700)
-    if with_ids:
-        rows_with_ids(tmp_path / small_file.name, repeated_ids(100))
-    else:
-        shutil.copy(small_file, tmp_path)
-    config = ids_config(tmp_path, small_file.name)
-    if not with_ids:
-        config = config_of(tmp_path / "out", tmp_path / small_file.name)
+    rows_with_ids(tmp_path / "a.jsonl", repeated_ids(100))
+    config = ids_config(tmp_path, "a.jsonl")
     for processes in (1, 2):
         changed = config.model_copy(update={"dir": str(tmp_path / str(processes))})
         prepare(changed, 300, Workshop(lambda line: None, processes=processes))
@@ -979,7 +975,7 @@ def test_token_files_go_on_in_the_right_file(
     both = [text for name in whole.splits for text in decoded(tmp_path / "whole", whole, name)]
     assert sorted(both) == sorted(texts)
     assert sum(split.bytes for split in whole.splits.values()) == len("".join(texts).encode())
-    for at in range(1, 10):
+    for at in (2, 4, 5, 8):
         again = config.model_copy(update={"dir": str(tmp_path / f"at-{at}")})
         assert interrupt(again, at)
         prepared(again)

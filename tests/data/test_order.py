@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from moebius.data.order import BlockShuffle, GlobalShuffle, NoShuffle, Shuffle, permuted, sample_at
 
-NUM_CASES = 300
+NUM_CASES = 120
 
 
 def test_permuted_is_a_bijection_of_every_small_size() -> None:
@@ -91,7 +91,7 @@ def test_samples_of_a_block_come_from_few_places(part: int) -> None:
 
 def test_neighbours_stay_near_each_other() -> None:
     """Those of a run come in the same block where blocks are whole runs; all but few do."""
-    size, shuffle = 20_000, BlockShuffle(kind="blocks", run=50, block=1000)
+    size, shuffle = 10_000, BlockShuffle(kind="blocks", run=50, block=1000)
     place = {sample: n for n, sample in enumerate(epoch(size, shuffle))}
     blocks = [place[sample] // 1000 for sample in range(size)]
     apart = sum(blocks[n] != blocks[n + 1] for n in range(size - 1))
@@ -100,11 +100,11 @@ def test_neighbours_stay_near_each_other() -> None:
 
 def test_runs_of_a_block_come_from_everywhere() -> None:
     """And its samples are mixed: neighbours in time are not neighbours in the corpus."""
-    size, shuffle = 20_000, BlockShuffle(kind="blocks", run=50, block=1000)
+    size, shuffle = 10_000, BlockShuffle(kind="blocks", run=50, block=1000)
     order = epoch(size, shuffle)
     for first in range(0, size, 1000):
         block = order[first : first + 1000]
-        assert len({sample // 2000 for sample in block}) >= 5  # 20 runs, ten tenths
+        assert len({sample // 1000 for sample in block}) >= 5  # 20 runs, ten tenths
     steps = sum(abs(a - b) == 1 for a, b in itertools.pairwise(order))
     assert steps < 0.01 * size
 
