@@ -316,7 +316,7 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.parquet.gz", "a.arrow.xz", "a.gz", "a.csv.gz", "gz", ".gz"])
 def test_an_unknown_kind_of_compressed_file_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(gzip.compress(b"PAR1"))
+    (tmp_path / name).write_bytes(gzip.compress(b"PAR1", mtime=0))
     message = refusal(tmp_path / name)
     assert str(tmp_path / name) in message
     assert "may be compressed" in message
@@ -338,9 +338,9 @@ def test_a_malformed_json_line_is_refused(tmp_path: Path, content: str) -> None:
         ("a.json", b"3"),
         ("a.arrow", b"ARROW1 but no table"),
         ("a.jsonl.gz", b"not compressed"),
-        ("b.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20]),
+        ("b.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20]),
         ("c.txt.xz", lzma.compress(b"text" * 1000)[:-20]),
-        ("d.jsonl.gz", gzip.compress(b'{"text": "a"}\n{text\n')),
+        ("d.jsonl.gz", gzip.compress(b'{"text": "a"}\n{text\n', mtime=0)),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
