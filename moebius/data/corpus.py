@@ -151,9 +151,10 @@ class SplitReader:
                 f"'{corpus.storage.folder}' has only {found.tokens} tokens",
                 "use shorter sequences or more text",
             )
-        if all(self.bad):
+        if self.count_substituted() == count:
             raise DataError(
-                f"data: all shards of the {split} split in '{corpus.storage.folder}' are damaged",
+                f"data: no sample of the {split} split in '{corpus.storage.folder}' is without "
+                "damage",
                 "fetch or prepare the corpus again",
             )
 
@@ -183,6 +184,8 @@ class SplitReader:
 
     def count_substituted(self) -> int:
         """Samples that others stand in for."""
+        if not any(self.bad):
+            return 0
         length, is_bad = self.sequence_length, np.zeros(self.num_samples, dtype=np.bool_)
         for place in (place for place, bad in enumerate(self.bad) if bad):
             first, end = self.samples[place], self.samples[place + 1]

@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -68,7 +69,7 @@ def encoded(
         return
     # Spawned: a fork would copy locks that threads of libraries hold.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_begin) as pool:
         ahead: deque[tuple[Batch, Future[list[Item]]]] = deque()
         try:
             while True:
@@ -120,9 +121,18 @@ def _batches(source: Documents, batch_bytes: int) -> Iterator[Batch]:
         yield Batch(found, source.state(), read)
 
 
-def _one_thread() -> None:
-    """The processes are as many as the cores: each has one thread."""
+def _begin() -> None:
+    """The processes are as many as the cores, so each has one thread; and one that ends them with
+    the main process, which may be killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @lru_cache(maxsize=1)

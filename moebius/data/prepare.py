@@ -5,7 +5,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from moebius.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from moebius.data.seen import SeenIds
+from moebius.data.seen import SEEN_NAME, SeenIds, delete_database
 from moebius.data.shards import token_dtype
 from moebius.data.sources import Document, Documents, documents
 from moebius.data.tokenizer import count_ids, eod_id, load_tokenizer, train_tokenizer
@@ -123,6 +123,15 @@ def prepare_corpus(
             raise _unwritable(folder, error) from error
 
 
+def _clean(folder: Path, manifest: Manifest) -> None:
+    """Remove what a finished preparation needs no more; the journal last, which tells of the
+    rest."""
+    delete_database(folder / SEEN_NAME)
+    for split in manifest.splits.values():
+        tidy(folder, split.shards)
+    (folder / JOURNAL_NAME).unlink(missing_ok=True)
+
+
 def _unwritable(folder: Path, error: OSError) -> DataError:
     return DataError(f"data.dir: cannot write to '{folder}': {error.strerror or error}")
 
@@ -138,6 +147,9 @@ def _found(folder: Path, recipe: dict[str, object]) -> Manifest:
                 "choose another data.dir, delete the folder, or set data.source=null to take what "
                 "is there",
             )
+    if (folder / JOURNAL_NAME).exists():  # killed while it was cleaning up
+        with suppress(OSError):
+            _clean(folder, manifest)
     return manifest
 
 
@@ -200,9 +212,7 @@ def _make(
     )
     # A corpus without a manifest is an unfinished one.
     write_manifest(folder, manifest)
-    (folder / JOURNAL_NAME).unlink(missing_ok=True)
-    for split in splits.values():
-        tidy(folder, split.shards)
+    _clean(folder, manifest)
     return manifest
 
 
@@ -291,7 +301,7 @@ class _Shards:
         }
         self.documents, self.duplicates = journal.documents, journal.duplicates
         has_ids = getattr(source, "id_field", None) is not None
-        self.seen = SeenIds(folder / "ids.sqlite", journal.documents) if has_ids else None
+        self.seen = SeenIds(folder / SEEN_NAME, journal.documents) if has_ids else None
 
     def write(self, workshop: Workshop) -> tuple[dict[str, Split], int]:
         """The splits, and how many documents were left out as duplicates."""
@@ -314,7 +324,7 @@ class _Shards:
                 if self._is_enough():
                     break
         if self.seen is not None:
-            self.seen.delete()
+            self.seen.close()
         self._check_not_empty()
         return {name: writer.close() for name, writer in self.writers.items()}, self.duplicates
 

@@ -2,9 +2,13 @@
 
 import hashlib
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moebius.errors import DataError
+
+SEEN_NAME = "ids.sqlite"
 
 
 class SeenIds:
@@ -17,8 +21,8 @@ class SeenIds:
     def __init__(self, path: Path, documents: int) -> None:
         self.path = path
         if documents == 0:
-            self._remove()
-        try:
+            delete_database(path)
+        with self._explained():
             self.database = sqlite3.connect(path, isolation_level=None)
             # Losing the last writes is all right: `commit` is followed by the journal's.
             self.database.execute("PRAGMA journal_mode=WAL")
@@ -29,32 +33,36 @@ class SeenIds:
             )
             self.database.execute("DELETE FROM seen WHERE number >= ?", (documents,))
             self.database.execute("BEGIN")
-        except sqlite3.Error as error:
-            raise DataError(
-                f"data.dir: cannot use '{path}': {error}", "delete the folder"
-            ) from None
 
     def add(self, document_id: str, number: int) -> bool:
         """Put in the id of a document; False where it is there already."""
         digest = hashlib.blake2b(document_id.encode(), digest_size=16).digest()
-        row = (digest, number)
-        return self.database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", row).rowcount == 1
+        insert = "INSERT OR IGNORE INTO seen VALUES (?, ?)"
+        with self._explained():
+            return self.database.execute(insert, (digest, number)).rowcount == 1
 
     def commit(self) -> None:
         """Force everything to disk."""
-        self.database.execute("COMMIT")
-        self.database.execute("BEGIN")
+        with self._explained():
+            self.database.execute("COMMIT")
+            self.database.execute("BEGIN")
 
     def close(self) -> None:
         """Let go of the file."""
         self.database.close()
 
-    def delete(self) -> None:
-        """Close, and remove the files."""
-        self.close()
-        self._remove()
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise DataError(
+                f"data.dir: cannot use '{self.path}': {error}",
+                "make room and start again; if that does not help, delete its folder",
+            ) from error
 
-    def _remove(self) -> None:
-        """The log, too: it would be replayed into a new database."""
-        for suffix in ("", "-wal", "-shm"):
-            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+
+def delete_database(path: Path) -> None:
+    """Remove it with its log, which would be replayed into a new one."""
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)

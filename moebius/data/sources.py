@@ -180,6 +180,8 @@ def _parquet_bytes(path: Path) -> int | None:
 
     try:
         found = parquet.ParquetFile(path).metadata
+        if found.num_rows == 0:
+            return 0
         sizes = [found.row_group(i).total_byte_size for i in range(found.num_row_groups)]
         return int(sum(sizes))
     except (ArrowException, OSError, ValueError):

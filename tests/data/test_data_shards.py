@@ -134,9 +134,10 @@ def test_ids_take_two_bytes_where_they_fit(tmp_path: Path, vocab_size: int, dtyp
 @pytest.mark.parametrize("token", [65536, -1])
 def test_an_id_beyond_the_type_is_never_wrapped(tmp_path: Path, token: int) -> None:
     writer = ShardWriter(tmp_path / "shard", 300)
-    with pytest.raises((OverflowError, DataError)):
+    writer.write(np.array([1]))
+    with pytest.raises(OverflowError):
         writer.write(np.array([1, token]))
-    writer.close()
+    assert writer.close().tokens == 1
 
 
 def test_the_entry_states_what_the_files_hold(tmp_path: Path) -> None:

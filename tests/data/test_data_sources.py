@@ -614,16 +614,14 @@ def test_reading_goes_on_again_and_again(all_kinds: dict[str, TextSource], kind:
     """Also from a state that is asked for before anything was read."""
     source = all_kinds[kind]
     whole = list(documents(source))
-    for step in (1, 2):
-        state, found = None, []
-        for _ in range(0, len(whole), step):
-            reading = Documents(source, state)
-            state = through_json(reading.state())
-            reading = Documents(source, state)
-            found += taken(reading, step)
-            state = through_json(reading.state())
-        assert found == whole
-        assert list(Documents(source, state)) == []
+    state, found = None, []
+    for _ in range(0, len(whole), 2):
+        state = through_json(Documents(source, state).state())
+        reading = Documents(source, state)
+        found += taken(reading, 2)
+        state = through_json(reading.state())
+    assert found == whole
+    assert list(Documents(source, state)) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

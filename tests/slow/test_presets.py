@@ -108,7 +108,7 @@ def run_to_the_end(config: RunConfig, corpora: Corpora) -> tuple[Run, LastLoad]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_learns_spreads_load_and_resumes(name: str, folder: Path, corpus: Manifest) -> None:
+def test_preset_learns_spreads_load_and_resumes(name: str, folder: Path, corpus: Corpora) -> None:
     """50 steps; then the last ones again from a checkpoint."""
     if name == "routing/duo_llm_replay":
         run_to_the_end(preset(RECORDED, folder), corpus)
