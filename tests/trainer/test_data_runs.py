@@ -1,6 +1,7 @@
 """Runs on mixtures, packed samples, other objectives and streams: trained, resumed, audited."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from moebius.data import prepare as preparing
 from moebius.data.config import DataConfig
 from moebius.data.corpus import open_corpora
 from moebius.data.prepare import prepare
@@ -19,7 +21,7 @@ from moebius.trainer.cli import main
 from moebius.trainer.config import RunConfig
 from moebius.trainer.run import Run
 from tests.conftest import QUIET, VOCAB_SIZE, model_tree
-from tests.trainer.helpers import logged, train_run
+from tests.trainer.helpers import logged, train_run, write_config
 
 SENTINELS = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 
@@ -200,6 +202,32 @@ def test_logs_of_a_run_prove_that_each_sample_came_once(
     assert "24 samples, positions 0 to 23, in 1 epochs: each once" in shown
     assert "30 samples, positions 0 to 29, in 1 epochs: each once" in shown
     assert "24 positions in both, the same samples" in shown
+
+
+def test_a_run_counts_what_it_has_quarantined(
+    run_tree: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One flipped bit: the shard is named and its samples are counted; else the run is refused."""
+    monkeypatch.setattr(preparing, "SHARD_TOKENS", 20_000)
+    data = run_tree["data"] | {"dir": str(tmp_path / "data")}
+    train = run_tree["train"] | {"num_steps": 3}
+    config = write_config(run_tree | {"data": data, "train": train}, tmp_path / "run.yaml")
+    assert main(["prepare", str(config)]) == 0
+    shard = tmp_path / "data" / "train-00001.bin"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    assert main(["inspect", str(tmp_path / "data"), "--verify"]) == 3
+    assert main(["train", str(config), "data.bad_shards=quarantine"]) == 0
+    shown = capsys.readouterr().out
+    assert f"quarantined: shard file '{shard.name}'" in shown
+    found = re.search(r"others stand in for ([\d,]+) of ([\d,]+) training samples", shown)
+    assert found is not None
+    count, total = (int(number.replace(",", "")) for number in found.groups())
+    assert 0 < count < total
 
 
 # What attention sees of packed samples.

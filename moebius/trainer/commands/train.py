@@ -12,6 +12,7 @@ from torch.distributed.distributed_c10d import Store
 
 from moebius.data.prepare import prepare
 from moebius.data.quarantine import find_bad_shards
+from moebius.data.stream import TrainStream
 from moebius.errors import LayoutError
 from moebius.parallel.batch import row_ranges
 from moebius.parallel.explain import explain
@@ -95,6 +96,10 @@ def _train(
     if config.log.audit:
         callbacks.append(AuditCallback())
     training = Run(config, corpora, callbacks, quarantined)
+    if quarantined and isinstance(training.stream, TrainStream):
+        count = sum(reader.count_substituted() for reader in training.stream.readers)
+        total = sum(training.stream.num_samples)
+        say(f"quarantined: others stand in for {count:,} of {total:,} training samples")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     rows = config.train.batch_size
     for line in explain(training.layout, processes, rows, config.train.micro_batch_size or rows):
