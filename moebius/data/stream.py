@@ -91,6 +91,11 @@ class Stream(ABC):
         """Go on from a saved position."""
         self.position = position
 
+    def skip_to(self, position: int) -> None:
+        """Leave out the samples before a position that lies ahead."""
+        self.close()
+        self.position = position
+
     def close(self) -> None:
         """End the threads."""
         for _, future in self._ahead:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -99,11 +100,20 @@ class Decoder(ParameterModule):
         """Scores over the vocabulary, `[B, S, V]`."""
         return F.linear(hidden_BSD, self.head_weight)
 
-    def update_routers(self, ledger: Ledger, step: int) -> None:
-        """Let every router learn from the statistics of a whole step, see `Router.update`."""
-        for module in self.modules():
-            if isinstance(module, Router):
-                module.update(ledger, step)
+    @torch.no_grad()
+    def update_routers(self, ledger: Ledger, step: int, applied: Tensor | None = None) -> None:
+        """Let every router learn from the statistics of a whole step, see `Router.update`.
+
+        Nothing is learnt where the bool `applied` is false; the host need not know.
+        """
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        buffers = [buffer for router in routers for buffer in router.buffers()]
+        before = [buffer.clone() for buffer in buffers] if applied is not None else []
+        for router in routers:
+            router.update(ledger, step)
+        if applied is not None:
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(torch.where(applied, buffer, old))
 
     def head_flops(self, num_tokens: int) -> int:
         """Forward FLOPs of the output head, tied or not."""

@@ -28,8 +28,9 @@ from moebius.model.program import build_program
 from moebius.model.recursion.config import CausalRouter, ExpertChoiceConfig
 from moebius.parallel.comm import Group
 from moebius.parallel.config import DeepSpeedConfig, ParallelConfig
-from moebius.parallel.engine import MakeOptimizer, sum_gradients
+from moebius.parallel.engine import MOMENTS, MakeOptimizer, sum_gradients
 from moebius.parallel.mesh import Mesh
+from moebius.parallel.part import Part
 from moebius.parallel.place import Placed
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Root(nn.Module):
 
 
 class DeepSpeedEngine:
-    """ZeRO of DeepSpeed over the data-parallel processes, see `engine.Engine`.
+    """ZeRO of DeepSpeed over the data-parallel processes, see `engine.Engine`; it always steps.
 
     `differentiate` takes the place of an executor's own; what else reads weights, as evaluation
     does, has to run in `compute`.
@@ -69,6 +70,7 @@ class DeepSpeedEngine:
         make: MakeOptimizer,
         config: DeepSpeedConfig,
     ) -> None:
+        self.skips = False
         self.deepspeed = import_deepspeed(placed[0].parameter.device)
         check_parameters(placed)
         self.placed = placed
@@ -90,6 +92,9 @@ class DeepSpeedEngine:
         )[0]
         if self.stage > 1:
             self._register_hooks()
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            self._make_state(0.0)
+        self.copies: dict[str, Tensor] = {}
 
     def _register_hooks(self) -> None:
         """Make gradients what DeepSpeed is to reduce, before it does within the backward pass."""
@@ -117,7 +122,7 @@ class DeepSpeedEngine:
         finally:
             self.root.function = _nothing
 
-    def step(self, clip_norm: float) -> Tensor:
+    def step(self, clip_norm: float, sound: Tensor | None = None) -> Tensor:
         """See `Engine`."""
         if self.stage == 1:
             self._complete_gradients()
@@ -136,71 +141,66 @@ class DeepSpeedEngine:
         for group, members in self.partial.items():
             sum_gradients(group, [p.parameter for p in members])
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        """See `Engine`."""
-        found = {}
-        for p in self.placed:
-            with self._whole(p):
-                found[p.name] = p.placement.join(p.parameter.detach()).clone()
-        return found
+    def parts(self) -> dict[str, Part]:
+        """See `Engine`; of copies, which `take_over` brings back."""
+        copies = {f"model/{p.name}": self._parameter(p) for p in self.placed}
+        for p in self.trained:
+            for key, value in self._state(p).items():
+                copies[f"optimizer/{p.name}/{key}"] = value
+        self.copies = copies
+        cuts = {p.name: p.placement.cuts for p in self.placed}
+        return {
+            name: Part.of(value, cuts[_parameter_of(name)] if value.dim() else ())
+            for name, value in copies.items()
+        }
+
+    def _parameter(self, p: Placed) -> Tensor:
+        with self._whole(p):
+            return p.parameter.detach().clone()
+
+    def _state(self, p: Placed) -> dict[str, Tensor]:
+        """DeepSpeed counts the steps of all parameters as one."""
+        state: dict[str, Tensor] = next(iter(self.optimizer.state.values()), {})
+        read = self.deepspeed.utils.safe_get_full_optimizer_state
+        return {
+            key: read(p.parameter, key).clone() if value.dim() else value.cpu().clone()
+            for key, value in state.items()
+        }
 
     def _whole(self, p: Placed, modifier: int | None = None) -> Any:
         """A context in which a parameter is not shared out."""
         return self.deepspeed.zero.GatheredParameters([p.parameter], modifier_rank=modifier)
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """See `Engine`. DeepSpeed counts the steps of all parameters as one."""
-        state: dict[str, Tensor] = next(iter(self.optimizer.state.values()), {})
-        found: dict[str, Tensor] = {}
-        if not state:
-            return found
-        self._link_state()
-        for p in self.trained:
-            for key, value in state.items():
-                if value.dim() == 0:
-                    found[f"{p.name}/{key}"] = value.cpu().clone()
-                    continue
-                whole = self.deepspeed.utils.safe_get_full_optimizer_state(p.parameter, key)
-                found[f"{p.name}/{key}"] = p.placement.join(whole)
-        return found
-
     @torch.no_grad()
-    def load_model(self, tensors: dict[str, Tensor]) -> None:
-        """See `Engine`."""
-        for p in self.placed:
-            with self._whole(p, 0):
-                p.parameter.copy_(p.placement.take(tensors[p.name]))
-        for p in self.trained:
-            part = p.placement.take(tensors[p.name]).to(p.parameter.device)
-            self._set_part(p, part, None)
-
-    @torch.no_grad()
-    def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+    def take_over(self) -> None:
         """See `Engine`. Raises CheckpointError where parameters took differently many steps."""
-        steps = {float(t) for path, t in tensors.items() if path.endswith("/step")}
+        copies, self.copies = self.copies, {}
+        steps = {float(t) for name, t in copies.items() if name.endswith("/step")}
         if len(steps) > 1:
             raise CheckpointError(
                 "the optimizer's state has parameters that took differently many steps, which "
                 "DeepSpeed cannot",
                 "go on with parallel.engine=native",
             )
-        keys = sorted({path.rpartition("/")[2] for path in tensors} - {"step"})
-        if steps:
-            self._make_state(steps.pop(), keys)
+        for p in self.placed:
+            with self._whole(p, 0):
+                p.parameter.copy_(copies[f"model/{p.name}"])
         for p in self.trained:
-            for key in keys:
-                whole = tensors.get(f"{p.name}/{key}")
-                if whole is not None:
-                    self._set_part(p, p.placement.take(whole), key)
+            self._set_part(p, copies[f"model/{p.name}"], None)
+        if steps:
+            self._make_state(steps.pop())
+            for p in self.trained:
+                for key in MOMENTS:
+                    self._set_part(p, copies[f"optimizer/{p.name}/{key}"], key)
 
-    def _make_state(self, step: float, keys: Sequence[str]) -> None:
+    def _make_state(self, step: float) -> None:
         """State of zeros for the flat tensors that DeepSpeed's optimizer works on."""
         zero = self.engine.optimizer
         name = "fp32_partitioned_groups_flat" if self.stage == 3 else MASTERS
         fused = any(group.get("fused") for group in self.optimizer.param_groups)
         for flat in getattr(zero, name):
             count = torch.tensor(step, device=flat.device if fused else None)
-            moments = {key: torch.zeros_like(flat) for key in keys}
+            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
             self.optimizer.state[flat] = {"step": count, **moments}
         self._link_state()
 
@@ -223,6 +223,12 @@ class DeepSpeedEngine:
             getattr(utils, f"safe_set_{kind}_fp32_param")(p.parameter, part)
         else:
             getattr(utils, f"safe_set_{kind}_optimizer_state")(p.parameter, part, key)
+
+
+def _parameter_of(name: str) -> str:
+    """The parameter of a part's name."""
+    kind, _, rest = name.partition("/")
+    return rest if kind == "model" else rest.rpartition("/")[0]
 
 
 def axes_of(mesh: Mesh) -> SimpleNamespace:

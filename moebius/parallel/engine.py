@@ -15,46 +15,50 @@ from torch import Tensor, nn
 
 from moebius.model.parameters import ParameterSpec, Role
 from moebius.parallel.comm import Group
-from moebius.parallel.ledger import gather_objects
 from moebius.parallel.mesh import Mesh
+from moebius.parallel.part import Part
 from moebius.parallel.place import Placed
 
 MakeOptimizer = Callable[[Iterable[tuple[nn.Parameter, ParameterSpec]]], torch.optim.Optimizer]
 """the optimizer over some tensors with the options of their roles"""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine(Protocol):
     """What the training loop sees."""
 
     optimizer: torch.optim.Optimizer
+    skips: bool
+    """whether a step can be left out on the device"""
 
-    def step(self, clip_norm: float) -> Tensor:
+    def step(self, clip_norm: float, sound: Tensor | None = None) -> Tensor:
         """Reduce, clip and apply the gradients, and drop them; returns the norm before clipping.
+
+        Where the norm is not finite, or the bool `sound` is false, nothing is applied; the host
+        need not know. Not so where the engine does not skip.
 
         Auxiliary routers are clipped by themselves, and not counted: they must not change the
         model.
         """
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        """Every whole parameter by name; a collective call."""
+    def parts(self) -> dict[str, Part]:
+        """What this process holds of every parameter, as `model/<parameter>`, and of the
+        optimizer's state, as `optimizer/<parameter>/<key>`; a collective call."""
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The whole optimizer's state as `<parameter>/<key>`; a collective call."""
-
-    def load_model(self, tensors: dict[str, Tensor]) -> None:
-        """Take the own parts of whole parameters."""
-
-    def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        """Take the own parts of a whole optimizer's state; parameters without any have none."""
+    def take_over(self) -> None:
+        """Go on from the values that were written into the parts last given; a collective call."""
 
 
 class ReplicatedEngine:
     """Every process updates all parameters that it holds (`data: ddp`)."""
 
+    skips = True
+
     def __init__(self, placed: Sequence[Placed], mesh: Mesh, make: MakeOptimizer) -> None:
         self.placed = placed
         self.mesh = mesh
         self.optimizer = make((p.parameter, p.spec) for p in placed)
+        begin_state(self.optimizer)
 
     def reduce(self) -> None:
         """Add gradients up, those of one group of processes in one call."""
@@ -65,11 +69,11 @@ class ReplicatedEngine:
             agree_on_use(group, parameters)
             sum_gradients(group, parameters)
 
-    def step(self, clip_norm: float) -> Tensor:
+    def step(self, clip_norm: float, sound: Tensor | None = None) -> Tensor:
         """See `Engine`."""
         self.reduce()
         norm = clip(self._gradients(), self.mesh, clip_norm)
-        self.optimizer.step()
+        step_where(self.optimizer, norm, sound)
         self.optimizer.zero_grad()
         return norm
 
@@ -79,51 +83,46 @@ class ReplicatedEngine:
             if p.parameter.grad is not None:
                 yield p.parameter.grad, p.spec.role, p.placement.replicas(stage_size)
 
-    def model_tensors(self) -> dict[str, Tensor]:
+    def parts(self) -> dict[str, Part]:
         """See `Engine`."""
-        return whole_parameters(self.placed, self.mesh)
-
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """See `Engine`."""
-        found: dict[str, Tensor] = {}
+        found = {}
         for p in self.placed:
-            for key, value in self.optimizer.state.get(p.parameter, {}).items():
-                whole = value if value.dim() == 0 else p.placement.join(value)
-                found[f"{p.name}/{key}"] = whole
-        return of_all_stages(found, self.mesh)
+            found[f"model/{p.name}"] = Part.of(p.parameter, p.placement.cuts)
+            # An optimizer may keep a counter for a parameter without elements; others have none.
+            state = self.optimizer.state.get(p.parameter, {}) if p.parameter.numel() else {}
+            for key, value in state.items():
+                cuts = p.placement.cuts if value.dim() else ()
+                found[f"optimizer/{p.name}/{key}"] = Part.of(value, cuts)
+        return found
 
-    @torch.no_grad()
-    def load_model(self, tensors: dict[str, Tensor]) -> None:
-        """See `Engine`."""
-        for p in self.placed:
-            p.parameter.copy_(p.placement.take(tensors[p.name]))
-
-    def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        """See `Engine`."""
-        for p in self.placed:
-            keys = [path for path in tensors if path.rpartition("/")[0] == p.name]
-            state = {}
-            for path in keys:
-                value = tensors[path]
-                own = value if value.dim() == 0 else p.placement.take(value)
-                # Fused AdamW keeps its step counters, too, on the device of the parameter.
-                state[path.rpartition("/")[2]] = own.to(p.parameter.device).clone()
-            if state:
-                self.optimizer.state[p.parameter] = state
+    def take_over(self) -> None:
+        """See `Engine`: the parts are what it works on."""
 
 
-def whole_parameters(placed: Iterable[Placed], mesh: Mesh) -> dict[str, Tensor]:
-    """Every parameter of the model by name; a collective call."""
-    own = {p.name: p.placement.join(p.parameter.detach()) for p in placed}
-    return of_all_stages(own, mesh)
+def begin_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter the state of an Adam that has made no step.
+
+    It would arise with the first gradient; so what a checkpoint holds does not depend on which
+    parameters had one. Other optimizers are left as they are.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # A fused optimizer keeps its step counters, too, on the device of the parameter.
+            device = parameter.device if group["fused"] else None
+            step = torch.zeros((), dtype=torch.float32, device=device)
+            moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS}
+            optimizer.state[parameter] = {"step": step, **moments}
 
 
-def of_all_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
-    """The tensors of processes with other layers together; a collective call."""
-    if mesh.depth.size == 1:
-        return tensors
-    on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
-    return {name: t for part in gather_objects(on_host, mesh.depth) for name, t in part.items()}
+def step_where(optimizer: torch.optim.Optimizer, norm: Tensor, sound: Tensor | None) -> None:
+    """Step, see `Engine.step`. Fused optimizers take the decision from the device, as loss scaling
+    with half-precision floats needs it; others always step."""
+    if optimizer.defaults.get("fused"):
+        applied = norm.isfinite() if sound is None else norm.isfinite() & sound
+        setattr(optimizer, "found_inf", (~applied).float())  # noqa: B010 - unknown to its type
+    optimizer.step()
 
 
 def by_group(placed: Iterable[Placed]) -> dict[Group, list[Placed]]:

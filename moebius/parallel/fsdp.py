@@ -6,6 +6,7 @@ however many uses.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from moebius.model.carry import Carry
 from moebius.model.context import StepContext, TokenContext
@@ -27,9 +28,10 @@ from moebius.model.moe.experts import DispatchedExperts
 from moebius.model.objective import TeacherModel
 from moebius.model.parameters import Role
 from moebius.model.program import Program, Unit
-from moebius.parallel.engine import MakeOptimizer, clip, sum_tensors
+from moebius.parallel.engine import MakeOptimizer, begin_state, clip, step_where, sum_tensors
 from moebius.parallel.mesh import Mesh, partition
 from moebius.parallel.messages import put_together, taken_apart
+from moebius.parallel.part import Part
 from moebius.parallel.place import Placed
 
 
@@ -188,6 +190,8 @@ def device_mesh(sizes: dict[str, int], axes: Sequence[str], mesh: Mesh) -> Devic
 class FSDPEngine:
     """Every process updates the parts of parameters that it holds (`data: fsdp2`)."""
 
+    skips = True
+
     def __init__(
         self, executor: ShardedExecutor, placed: Sequence[Placed], mesh: Mesh, make: MakeOptimizer
     ) -> None:
@@ -197,12 +201,13 @@ class FSDPEngine:
         # A parameter without elements (constants of a pool that has none) was left as it is.
         filled = [p for p in self.placed if p.parameter.numel()]
         self.optimizer = make((p.parameter, p.spec) for p in filled)
+        begin_state(self.optimizer)
 
-    def step(self, clip_norm: float) -> Tensor:
+    def step(self, clip_norm: float, sound: Tensor | None = None) -> Tensor:
         """See `Engine`; over the data axes FSDP2 has reduced already."""
         self._add_up_rest()
         norm = clip(self._gradients(), self.mesh, clip_norm)
-        self.optimizer.step()
+        step_where(self.optimizer, norm, sound)
         self.optimizer.zero_grad()
         return norm
 
@@ -223,52 +228,33 @@ class FSDPEngine:
                 replicas = p.placement.replicas(stage_size) // shards.size
                 yield local(p.parameter.grad), p.spec.role, replicas
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        """See `Engine`."""
-        return {p.name: p.placement.join(whole(p.parameter.detach())) for p in self.placed}
-
-    def optimizer_tensors(self) -> dict[str, Tensor]:
+    def parts(self) -> dict[str, Part]:
         """See `Engine`."""
         found = {}
         for p in self.placed:
+            found[f"model/{p.name}"] = shared_part(p.parameter, p)
             for key, value in self.optimizer.state.get(p.parameter, {}).items():
-                is_step = value.dim() == 0
-                found[f"{p.name}/{key}"] = value if is_step else p.placement.join(whole(value))
-        return found
+                name = f"optimizer/{p.name}/{key}"
+                found[name] = Part.of(value) if value.dim() == 0 else shared_part(value, p)
+        return {name: part for name, part in found.items() if part.chunks}
 
-    @torch.no_grad()
-    def load_model(self, tensors: dict[str, Tensor]) -> None:
-        """See `Engine`."""
-        for p in self.placed:
-            p.parameter.copy_(shared_out(p.placement.take(tensors[p.name]), p.parameter))
+    def take_over(self) -> None:
+        """See `Engine`: the parts are what it works on."""
 
-    def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        """See `Engine`."""
-        for p in self.placed:
-            state = {}
-            for path in (path for path in tensors if path.rpartition("/")[0] == p.name):
-                value = tensors[path]
-                if value.dim() > 0:
-                    value = shared_out(p.placement.take(value), p.parameter)
-                state[path.rpartition("/")[2]] = value.to(p.parameter.device).clone()
-            if state:
-                self.optimizer.state[p.parameter] = state
+
+def shared_part(tensor: Tensor, p: Placed) -> Part:
+    """What this process has of a parameter, or of its state, of which FSDP2 cuts the rows."""
+    cuts = p.placement.cuts
+    if not isinstance(tensor, DTensor):
+        return Part.of(tensor, cuts)
+    # Rows in equal runs, the last one shorter; the replicated axis, if there is one, comes first.
+    shards = tensor.device_mesh.size(tensor.device_mesh.ndim - 1)
+    run = -(-tensor.shape[0] // shards)
+    first = min(tensor.device_mesh.get_local_rank(tensor.device_mesh.ndim - 1) * run, len(tensor))
+    row = math.prod(tensor.shape[1:])
+    return Part.of(tensor.to_local(), cuts, tensor.shape, first * row)
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that is here."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All parts of a tensor; a collective call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def shared_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that is the same everywhere as parts like those of another one."""
-    if not isinstance(like, DTensor):
-        return tensor.to(like.device)
-    return distribute_tensor(
-        tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
-    )

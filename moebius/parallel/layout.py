@@ -17,10 +17,11 @@ from moebius.parallel.batch import row_ranges
 from moebius.parallel.comm import Group
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.deepspeed import DeepSpeedEngine
-from moebius.parallel.engine import Engine, MakeOptimizer, ReplicatedEngine, of_all_stages
+from moebius.parallel.engine import Engine, MakeOptimizer, ReplicatedEngine
 from moebius.parallel.ledger import merge_results
 from moebius.parallel.mesh import Mesh
 from moebius.parallel.messages import Channel, directed
+from moebius.parallel.part import Part
 from moebius.parallel.pipeline import PipelineExecutor, neighbours
 from moebius.parallel.place import place, row_spread
 from moebius.parallel.ring.executor import RingExecutor
@@ -123,23 +124,12 @@ class Layout:
         self.mesh.depth.all_reduce(self.mesh.data.all_reduce(sums))
         return dict(zip(exits, sums, strict=True))
 
-    def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        """Take the own parts of a whole model, its buffers included, and its optimizer's state."""
-        self.engine.load_model(model)
-        self.engine.load_optimizer(optimizer)
-        names = self._buffer_names()
-        for name, buffer in self.decoder.state_dict().items():
-            if name in names:
-                buffer.copy_(model[name])
-
-    def buffers(self) -> dict[str, Tensor]:
-        """What controllers and routers remember, of all stages; a collective call."""
-        names = self._buffer_names()
-        own = {name: b for name, b in self.decoder.state_dict().items() if name in names}
-        return of_all_stages(own, self.mesh)
-
-    def _buffer_names(self) -> set[str]:
-        return {name for name, _ in self.decoder.named_buffers()}
+    def parts(self) -> dict[str, Part]:
+        """What this process holds of parameters, of what controllers and routers remember, and of
+        the optimizer's state, see `Engine.parts`; a collective call."""
+        names = {name for name, _ in self.decoder.named_buffers()}
+        own = {n: b for n, b in self.decoder.state_dict().items() if n in names}
+        return self.engine.parts() | {f"model/{name}": Part.of(b) for name, b in own.items()}
 
     def row_ranges(self, num_rows: int, micro_batch_size: int) -> list[tuple[int, int]]:
         """(start, end) of this process's micro-batches in a batch."""

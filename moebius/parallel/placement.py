@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moebius.parallel.comm import Group
@@ -28,6 +27,11 @@ class Cut:
         """Different parts."""
         return self.group.size // self.copies
 
+    @property
+    def number(self) -> int:
+        """That of the own part."""
+        return self.group.rank // self.copies
+
     def take(self, whole: Tensor) -> Tensor:
         """The own part. Raises ValueError where the dimension cannot be cut."""
         size = whole.shape[self.dim]
@@ -36,17 +40,8 @@ class Cut:
                 f"dimension {self.dim} of {list(whole.shape)} in {self.blocks} x {self.num_parts}"
             )
         blocks = whole.unflatten(self.dim, (self.blocks, -1))
-        number = self.group.rank // self.copies
-        part: Tensor = blocks.chunk(self.num_parts, self.dim + 1)[number]
+        part: Tensor = blocks.chunk(self.num_parts, self.dim + 1)[self.number]
         return part.flatten(self.dim, self.dim + 1)
-
-    def join(self, part: Tensor) -> Tensor:
-        """The whole from everyone's part; a collective call."""
-        if self.group.size == 1:
-            return part
-        blocks = part.unflatten(self.dim, (self.blocks, -1))
-        parts = self.group.all_gather(blocks.unsqueeze(0))
-        return torch.cat(list(parts[:: self.copies]), self.dim + 1).flatten(self.dim, self.dim + 1)
 
 
 @dataclass(frozen=True)
@@ -65,12 +60,6 @@ class Placement:
         for cut in self.cuts:
             whole = cut.take(whole)
         return whole
-
-    def join(self, part: Tensor) -> Tensor:
-        """The whole from everyone's part; a collective call."""
-        for cut in reversed(self.cuts):
-            part = cut.join(part)
-        return part
 
     def replicas(self, stage_size: int) -> int:
         """How many processes hold the same elements."""

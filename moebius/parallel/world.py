@@ -26,9 +26,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def rank() -> int:
+    """The number of this process."""
+    return int(os.environ.get("RANK") or 0) if world_size() > 1 else 0
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes and prints."""
-    return int(os.environ.get("RANK") or 0) == 0
+    return rank() == 0
 
 
 def is_first_here() -> bool:
@@ -63,14 +68,14 @@ def joined(device: torch.device, timeout: float) -> Iterator[Store | None]:
             f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} is not set",
             "start the processes with torchrun",
         )
-    shared, rank, size = next(rendezvous("env://"))
+    shared, number, size = next(rendezvous("env://"))
     store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
     check_alike("device", {"train.device": device.type}, store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
         store=store,
-        rank=rank,
+        rank=number,
         world_size=size,
         timeout=timedelta(seconds=timeout),
     )

@@ -18,11 +18,12 @@ from moebius.parallel.comm import Group
 from moebius.parallel.engine import (
     MakeOptimizer,
     agree_on_use,
+    begin_state,
     clip,
-    of_all_stages,
-    whole_parameters,
+    step_where,
 )
 from moebius.parallel.mesh import Mesh
+from moebius.parallel.part import Part
 from moebius.parallel.place import Placed
 
 
@@ -100,6 +101,8 @@ class Bucket:
 class ZeroEngine:
     """Every process updates a part of the parameters it holds (`data: zero1`)."""
 
+    skips = True
+
     def __init__(self, placed: Sequence[Placed], mesh: Mesh, make: MakeOptimizer) -> None:
         self.placed = placed
         self.mesh = mesh
@@ -109,18 +112,19 @@ class ZeroEngine:
                 groups.setdefault((p.placement.reduce, p.placement.tied), []).append(p)
         self.buckets = [Bucket(members) for members in groups.values()]
         self.optimizer = make((piece.own, piece.of.spec) for piece in self.pieces)
+        begin_state(self.optimizer)
 
     @property
     def pieces(self) -> list[Piece]:
         """What this process updates."""
         return [piece for bucket in self.buckets for piece in bucket.pieces]
 
-    def step(self, clip_norm: float) -> Tensor:
+    def step(self, clip_norm: float, sound: Tensor | None = None) -> Tensor:
         """See `Engine`."""
         for bucket in self.buckets:
             bucket.reduce()
         norm = clip(self._gradients(), self.mesh, clip_norm)
-        self.optimizer.step()
+        step_where(self.optimizer, norm, sound)
         self.optimizer.zero_grad()
         for bucket in self.buckets:
             bucket.publish()
@@ -135,58 +139,19 @@ class ZeroEngine:
                 replicas = placement.replicas(stage_size) // placement.reduce.size
                 yield piece.own.grad, piece.of.spec.role, replicas
 
-    def model_tensors(self) -> dict[str, Tensor]:
+    def parts(self) -> dict[str, Part]:
         """See `Engine`."""
-        return whole_parameters(self.placed, self.mesh)
-
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """See `Engine`."""
-        found: dict[str, Tensor] = {}
-        for bucket in self.buckets:
-            states = {
-                piece.of.name: self.optimizer.state.get(piece.own, {}) for piece in bucket.pieces
-            }
-            for p in bucket.placed:
-                found |= self._whole_state(bucket, p, states.get(p.name, {}))
-        return of_all_stages(found, self.mesh)
-
-    def _whole_state(
-        self, bucket: Bucket, p: Placed, state: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Both moments and the step of a parameter; the others' pieces are zeros here."""
-        sums = p.parameter.new_zeros(2, p.parameter.numel())
-        step = torch.zeros(1, device=p.parameter.device)
-        piece = next((piece for piece in bucket.pieces if piece.of is p), None)
-        if piece is not None and state:
-            for row, key in zip(sums, MOMENTS, strict=True):
-                row[piece.start : piece.end] = state[key]
-            step[0] = state["step"]
-        bucket.group.all_reduce(sums)
-        step = bucket.group.all_reduce(step, torch.distributed.ReduceOp.MAX)
-        if not step:  # it never had a gradient
-            return {}
-        found = {f"{p.name}/step": step[0].cpu()}
-        for row, key in zip(sums, MOMENTS, strict=True):
-            found[f"{p.name}/{key}"] = p.placement.join(row.view_as(p.parameter))
+        placed = {p.name: p for p in self.placed}
+        found = {f"model/{n}": Part.of(p.parameter, p.placement.cuts) for n, p in placed.items()}
+        for piece in self.pieces:
+            of = piece.of
+            for key, value in self.optimizer.state.get(piece.own, {}).items():
+                name = f"optimizer/{of.name}/{key}"
+                if value.dim() == 0:
+                    found[name] = Part.of(value)
+                else:
+                    found[name] = Part.of(value, of.placement.cuts, of.parameter.shape, piece.start)
         return found
 
-    @torch.no_grad()
-    def load_model(self, tensors: dict[str, Tensor]) -> None:
-        """See `Engine`."""
-        for p in self.placed:
-            p.parameter.copy_(p.placement.take(tensors[p.name]))
-
-    def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        """See `Engine`."""
-        for piece in self.pieces:
-            name, device = piece.of.name, piece.own.device
-            if f"{name}/step" not in tensors:
-                continue
-            state = {"step": tensors[f"{name}/step"].to(device).clone()}
-            for key in MOMENTS:
-                part = piece.of.placement.take(tensors[f"{name}/{key}"]).flatten()
-                state[key] = part[piece.start : piece.end].to(device).clone()
-            self.optimizer.state[piece.own] = state
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+    def take_over(self) -> None:
+        """See `Engine`: the parts are what it works on."""

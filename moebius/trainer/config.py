@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from moebius.config import ConfigNode, Problem
 from moebius.data.config import DATA_RULES, DataConfig
@@ -14,7 +14,9 @@ from moebius.model.rules import MODEL_RULES
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.rules import Asked, layout_problems
 from moebius.trainer.optim import OptimConfig
+from moebius.trainer.recovery.config import RecoveryConfig
 from moebius.trainer.schedules import WSDSchedule
+from moebius.trainer.watch.progress import WatchdogConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 PLACES = frozenset(
@@ -34,6 +36,8 @@ class TrainConfig(ConfigNode):
     """sequences per forward pass; gradients are accumulated over the rest; null: all at once"""
     seed: NonNegativeInt = 0
     """of initial weights and sample order"""
+    time_limit: float | None = Field(None, gt=0)
+    """minutes after which the run saves and stops, to be continued; null: none"""
     device: Device = "auto"
     """auto: cuda where there is one"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -71,8 +75,20 @@ class CheckpointConfig(ConfigNode):
 
     interval: PositiveInt = 100
     """steps between checkpoints; one is written at the end and on interruption too"""
+    dir: str | None = None
+    """folder that all nodes see, or a URL that fsspec writes to; null: `checkpoints` in run_dir"""
     keep: PositiveInt = 2
     """newest checkpoints to keep"""
+    keep_every: PositiveInt | None = None
+    """keep those of steps that this divides, too"""
+    keep_best: NonNegativeInt = 0
+    """keep so many with the lowest validation loss, too, of steps with an evaluation"""
+    host_gigabytes: NonNegativeFloat | None = None
+    """host memory of each process for copies, from which it writes while the training goes on; what
+    does not fit is written before; null: as much as it takes"""
+    max_crashes: PositiveInt = 3
+    """starts in a row from one checkpoint that all ended before the next one was written; after
+    that, older ones are used"""
 
 
 class LogConfig(ConfigNode):
@@ -102,6 +118,10 @@ class RunConfig(ConfigNode):
     """a teacher"""
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+    """faults in the numbers"""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """processes that hang"""
     log: LogConfig = LogConfig()
 
 
@@ -111,13 +131,15 @@ def identity(config: RunConfig) -> dict[str, Any]:
     Left out is what reports or places the run, and the batch size, which may be changed on the way:
     samples go on where they were. The corpus is compared by its content instead.
     """
-    train = {"device", "recompute", "batch_size"}
+    train = {"device", "recompute", "batch_size", "time_limit"}
     if not depends_on_micro_batch(config.model):
         train.add("micro_batch_size")
     excluded: dict[str, Any] = {
         "run_dir": True,
         "evaluation": True,
         "checkpoint": True,
+        "recovery": True,
+        "watchdog": True,
         "log": True,
         "train": train,
         # What comes of a mixture's phases before a checkpoint is compared when it is loaded.

@@ -1,29 +1,45 @@
 """The training loop."""
 
-from moebius.parallel.world import agree
 from moebius.trainer.callbacks.base import StepReport
 from moebius.trainer.optim import set_lr
+from moebius.trainer.recovery.rewind import Rewind
 from moebius.trainer.run import Run
 from moebius.trainer.schedules import lr_ratio
 
 
 def train(run: Run) -> None:
-    """Step until the run is complete or a stop was asked for."""
+    """Step until the run is complete or all processes have agreed to stop.
+
+    Where a callback asks for it, the run goes back to a checkpoint and on from there.
+    """
+    while True:
+        try:
+            return _train(run)
+        except Rewind as fault:
+            run.rewind(fault)
+
+
+def _train(run: Run) -> None:
     try:
-        for callback in run.callbacks:
-            callback.on_start(run)
-        run.stop_signal = agree(run.asked_to_stop or 0) or None
-        while run.step < run.config.train.num_steps and run.stop_signal is None:
+        with run.progress.section("step"):
             for callback in run.callbacks:
-                callback.on_step_start(run)
-            report = train_step(run)
-            run.step += 1
+                callback.on_start(run)
+            run.agree()
+            while run.step < run.config.train.num_steps and not run.agreed["stop"]:
+                for callback in run.callbacks:
+                    callback.on_step_start(run)
+                report = train_step(run)
+                run.step += 1
+                for callback in run.callbacks:
+                    callback.on_step_end(run, report)
+                run.agree()
             for callback in run.callbacks:
-                callback.on_step_end(run, report)
-            run.stop_signal = agree(run.asked_to_stop or 0) or None
-        for callback in run.callbacks:
-            callback.on_end(run)
+                callback.on_end(run)
+    except Rewind:
+        run.saver.settle()  # the run may want to go back to what is being written
+        raise
     finally:
+        run.saver.abandon()
         for callback in reversed(run.callbacks):
             callback.close()
 
@@ -34,7 +50,9 @@ def train_step(run: Run) -> StepReport:
     size = config.train.batch_size
     sample_ids = range(run.stream.position, run.stream.position + size)
     ranges = run.layout.row_ranges(size, config.train.micro_batch_size or size)
-    taken = run.stream.take(ranges)
+    with run.progress.section("data"):
+        taken = run.stream.take(ranges)
+    run.progress.mark("compute", run.step)
     micro_batches = [batch.to(run.device) for batch in taken]
     num_labels = size * config.data.sequence_length
     result = run.layout.accumulate_gradients(
@@ -42,7 +60,11 @@ def train_step(run: Run) -> StepReport:
     )
     lr = config.optim.lr * lr_ratio(config.optim.schedule, run.step, config.train.num_steps)
     set_lr(run.layout.engine.optimizer, lr)
-    grad_norm = run.layout.engine.step(config.optim.clip_norm)
-    run.decoder.update_routers(result.ledger, run.step)
+    run.progress.mark("optimizer")
+    loss = result.losses["loss"]
+    sound = loss.isfinite() & (loss <= run.loss_limit)
+    grad_norm = run.layout.engine.step(config.optim.clip_norm, sound)
+    applied = sound & grad_norm.isfinite()
+    run.decoder.update_routers(result.ledger, run.step, applied)
     read = [sample for batch in taken for sample in batch.sample_ids_B.tolist()]
-    return StepReport(result.losses, grad_norm, lr, result.ledger, sample_ids, read)
+    return StepReport(result.losses, grad_norm, applied, lr, result.ledger, sample_ids, read)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 
 from moebius.data.build import Quarantined, build_stream, validation_readers
 from moebius.data.corpus import Corpora
 from moebius.data.tokenizer import load_tokenizer, token_bytes
-from moebius.errors import CheckpointError, DataError, MoebiusError
-from moebius.files import exclusive, write_whole
+from moebius.errors import CheckpointError, DataError, MoebiusError, TrainingError
 from moebius.model.config import ModelConfig
 from moebius.model.context import StepContext
 from moebius.model.decoder import Decoder
@@ -24,19 +20,27 @@ from moebius.model.moe.forced import Replay
 from moebius.model.moe.replay import RoutingTable
 from moebius.model.objective import TeacherModel
 from moebius.model.parameters import initialize
+from moebius.parallel.consensus import Consensus
 from moebius.parallel.layout import Layout
-from moebius.parallel.world import agree, is_main, world_size
+from moebius.parallel.part import Parts
+from moebius.parallel.world import agree, world_size
 from moebius.trainer.callbacks.base import Callback
 from moebius.trainer.checkpoint.commit import CommitRecord
-from moebius.trainer.checkpoint.store import CheckpointStore, step_of
-from moebius.trainer.checkpoint.tensors import check_model, check_optimizer
-from moebius.trainer.config import RunConfig, depends_on_micro_batch, identity
-from moebius.trainer.config_file import load_config
+from moebius.trainer.checkpoint.saver import Saver
+from moebius.trainer.checkpoint.storage import open_storage
+from moebius.trainer.config import RunConfig
 from moebius.trainer.generation import check_causal
 from moebius.trainer.machine import AUTOCAST, select_device
 from moebius.trainer.optim import build_optimizer
-from moebius.trainer.restore import CONFIG_NAME, restore
+from moebius.trainer.recovery.rewind import Rewind
+from moebius.trainer.restore import restore
+from moebius.trainer.resume import load
 from moebius.trainer.routing_record import load_routing
+from moebius.trainer.watch.progress import Progress
+
+QUESTIONS = ("stop", "rewind", "writing")
+"""what processes agree on after every step: to stop, and why (`callbacks.interrupt`); to go back
+to a checkpoint; whether one of them still writes one"""
 
 
 class Run:
@@ -51,11 +55,13 @@ class Run:
         corpora: Corpora,
         callbacks: Sequence[Callback],
         quarantined: Quarantined | None = None,
+        progress: Progress | None = None,
     ) -> None:
         check_vocabulary(config, corpora)
         self.config = config
         self.folder = Path(config.run_dir)
         self.device = select_device(config.train.device)
+        self.progress = progress or Progress(config.watchdog)
         self.decoder = Decoder(config.model)
         initialize(self.decoder, config.train.seed)
         with torch.device("meta"):
@@ -75,15 +81,33 @@ class Run:
         self.stream = build_stream(
             config.data, corpora, config.train.batch_size, config.train.seed, quarantined or {}
         )
-        self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint.keep)
+        self.storage = open_storage(config.checkpoint.dir or str(self.folder / "checkpoints"))
+        self.saver = Saver(self.storage, config.checkpoint, self._announce)
         self.callbacks = sorted(callbacks, key=lambda callback: callback.priority)
         self.replay = replay_tables(config.model, self.device)
         self.teacher, self.teacher_weights = load_teacher(config, corpora)
         self.step = 0
-        self.asked_to_stop: int | None = None
-        """signal that this process has got; it may come at any time"""
-        self.stop_signal: int | None = None
-        """signal with which all processes have agreed to stop"""
+        self.consensus = Consensus(QUESTIONS)
+        self.loss_limit = float("inf")
+        """a step with a larger loss changes nothing"""
+        self.evaluated: tuple[int, float] | None = None
+        """step and validation loss of the last evaluation"""
+        self.skipped: list[tuple[int, int]] = []
+        """positions of the stream that were left out where the run went back"""
+        self.rewound: list[tuple[int, int]] = []
+        """steps to which and from which the run went back; until it has come further"""
+
+    @property
+    def agreed(self) -> dict[str, int]:
+        """What all processes have agreed on last, see `QUESTIONS`."""
+        return self.consensus.agreed
+
+    def agree(self) -> None:
+        """Agree on what is next, and tell every callback; a collective call."""
+        self.consensus.vote("writing", int(self.saver.writing))
+        self.consensus.decide()
+        for callback in self.callbacks:
+            callback.on_agreed(self, self.agreed)
 
     @property
     def step_context(self) -> StepContext:
@@ -99,23 +123,43 @@ class Run:
             replay=self.replay,
         )
 
+    def _announce(self, phase: str) -> None:
+        for listener in self.progress.listeners:
+            listener("save", phase)
+
     def publish(self, metrics: dict[str, float]) -> None:
         """Give numbers of the present step to every callback that shows or stores them."""
         for callback in self.callbacks:
             callback.on_metrics(self, metrics)
 
+    def tell(self, kind: str, text: str) -> None:
+        """Tell every callback that shows or stores it of something out of the ordinary."""
+        for callback in self.callbacks:
+            callback.on_event(self, kind, text)
+
     def save(self) -> None:
-        """Write a checkpoint of the present step; a collective call, one process writes."""
-        tensors = {
-            "model": self.layout.engine.model_tensors() | self.layout.buffers(),
-            "optimizer": self.layout.engine.optimizer_tensors(),
-        }
-        if not is_main():
-            return
-        record = CommitRecord(
+        """Begin to write a checkpoint of the present step, see `Saver`; a collective call.
+
+        Raises TrainingError where a value is not finite: the checkpoints of before stay.
+        """
+        if self.rewound and self.step > self.rewound[-1][1]:
+            self.rewound = []
+        parts = self.layout.parts()
+        if agree(int(not all_finite(parts))):
+            raise TrainingError(
+                f"a parameter or the optimizer's state is not finite after step {self.step}",
+                "start again: the run goes on from the last checkpoint",
+            )
+        self.saver.begin(self._record(), parts)
+
+    def _record(self) -> CommitRecord:
+        evaluated = self.evaluated
+        return CommitRecord(
             step=self.step,
             position=self.stream.position,
             tokens=self.stream.position * self.config.data.sequence_length,
+            skipped=self.skipped,
+            rewound=self.rewound,
             stream=self.stream.state_dict(),
             corpus=self.corpus,
             config=self.config.model_dump(mode="json"),
@@ -123,56 +167,50 @@ class Run:
             callbacks={c.name: state for c in self.callbacks if (state := c.state_dict())},
             teacher=self.teacher_weights,
             processes=world_size(),
+            evaluation=evaluated[1] if evaluated and evaluated[0] == self.step else None,
             files={},
         )
-        self.store.save(record, tensors)
 
-    def resume(self) -> RunConfig | None:
-        """Go on from the newest checkpoint, whose config is given; a folder without one starts from
-        the beginning."""
-        folder = self.store.find()
-        newest = -1 if folder is None else step_of(folder)
-        lowest, highest = -agree(-newest), agree(newest)
-        if lowest != highest:
-            raise CheckpointError(
-                f"run_dir: processes see different checkpoints in '{self.folder}', the newest of "
-                f"step {lowest} and of step {highest}",
-                "run_dir has to be one folder for all nodes",
+    def rewind(self, fault: Rewind) -> None:
+        """Go back to the last sound checkpoint, but not in the data: what was read since is left
+        out. A collective call.
+
+        Where the run has already gone back to that one, the one before is taken.
+        """
+        at, end, rewound = self.step, self.stream.position, self.rewound
+        self.saver.settle()
+        steps = [step for step in self.storage.steps() if step <= at]
+        used = {step for step, _ in rewound}
+        targets = [step for step in steps if step not in used]
+        if not targets or len(rewound) == self.config.recovery.max_rewinds:
+            again = f" after {len(rewound)} times" if rewound else ""
+            raise TrainingError(
+                f"{fault}; the run does not go back to a checkpoint{again}, of which there are "
+                f"{len(targets)}",
+                "lower optim.lr or raise optim.schedule.warmup_steps",
             )
-        if folder is None:
-            return None
-        record, tensors = self.store.load(folder)
-        try:
-            found = RunConfig.model_validate(record.config)
-        except ValueError as error:
-            raise CheckpointError(f"checkpoint '{folder}': its config is damaged") from error
-        check_same_run(self.config, found, folder)
-        if record.processes != world_size() and depends_on_micro_batch(self.config.model):
-            raise CheckpointError(
-                f"checkpoint '{folder}' was trained by {record.processes} processes, and a scope "
-                f"of the model is micro_batch; there are {world_size()}",
-                "start as many",
-            )
-        check_mixture(self.config, found, record.tokens)
-        if record.corpus != self.corpus:
-            raise CheckpointError(
-                f"checkpoint '{folder}' was not trained on the corpus '{self.config.data.dir}'",
-                "name the data.dir it was trained on, or another run_dir",
-            )
-        if record.step and record.teacher != self.teacher_weights:
-            raise CheckpointError(
-                f"checkpoint '{folder}' was distilled from other weights than those of "
-                "distillation.teacher",
-                "name the teacher and the step it was trained with, or another run_dir",
-            )
-        check_model(self.blueprint, tensors["model"])
-        check_optimizer(self.blueprint, tensors["optimizer"])
-        self.layout.load(tensors["model"], tensors["optimizer"])
-        self.step = record.step
-        self.stream.load(record.position, record.stream)
-        for callback in self.callbacks:
-            callback.load_state_dict(record.callbacks.get(callback.name, {}))
-        return found
+        newer = [(step, f"step {step} led to it") for step in steps if step > targets[-1]]
+        with self.progress.section("load"):
+            load(self, targets, newer)
+        self.rewound = [*rewound, (self.step, at)]
+        self.skipped.append((self.stream.position, end))
+        self.stream.skip_to(end)
+        self.tell(
+            "rewound",
+            f"{fault}; from step {at} back to step {self.step}, without samples "
+            f"{self.skipped[-1][0]} to {end - 1}",
+        )
+
+
+def all_finite(parts: Parts) -> bool:
+    """Whether all that a process holds is finite."""
+    norms = [
+        torch.linalg.vector_norm(chunk.tensor, float("inf"))
+        for part in parts.values()
+        for chunk in part.chunks
+        if part.dtype.is_floating_point and chunk.box.numel
+    ]
+    return not norms or bool(torch.stack([norm.double() for norm in norms]).isfinite().all())
 
 
 def load_teacher(config: RunConfig, corpora: Corpora) -> tuple[TeacherModel | None, str | None]:
@@ -219,71 +257,3 @@ def check_vocabulary(config: RunConfig, corpora: Corpora) -> None:
             f"'{config.data.dir}' makes token ids up to {size - 1}",
             f"use model.vocab_size={size} or another data.dir",
         )
-
-
-def check_folder(config: RunConfig) -> None:
-    """Raise CheckpointError, naming the differing fields, where the folder holds another run."""
-    path = Path(config.run_dir) / CONFIG_NAME
-    if path.exists():
-        check_same_run(config, load_config(path), Path(config.run_dir))
-
-
-def check_same_run(config: RunConfig, found: RunConfig, where: Path) -> None:
-    """Raise CheckpointError where `found`, read at `where`, is the config of another run."""
-    wanted, there = identity(config), identity(found)
-    changes = [
-        f"{name}: {there.get(name)} -> {wanted.get(name)}"
-        for name in sorted(there.keys() | wanted.keys())
-        if there.get(name) != wanted.get(name)
-    ]
-    if changes:
-        raise CheckpointError(
-            f"run_dir: '{where}' belongs to another config ({'; '.join(changes)})",
-            "choose another run_dir or delete the folder",
-        )
-
-
-def check_mixture(config: RunConfig, found: RunConfig, tokens: int) -> None:
-    """Raise CheckpointError where phases that a run has gone through were other ones."""
-    past = [
-        [phase.model_dump() for phase in node.data.mixture if phase.from_tokens < max(tokens, 1)]
-        for node in (found, config)
-    ]
-    if past[0] != past[1]:
-        raise CheckpointError(
-            f"data.mixture: the {tokens:,} tokens of the checkpoint had the phases {past[0]}, the "
-            f"config says {past[1]}",
-            "leave these as they were, and add a phase that begins later",
-        )
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep a run folder to this process; two would delete each other's checkpoints.
-
-    Raises CheckpointError where another process trains there. The lock ends with the process,
-    however it ends.
-    """
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(exclusive(folder / "lock"))
-        except BlockingIOError:
-            raise CheckpointError(
-                f"run_dir: '{folder}' is being trained by another process",
-                "wait for it, stop it, or choose another run_dir",
-            ) from None
-        yield
-
-
-def claim_folder(config: RunConfig) -> None:
-    """Write the resolved config into the run folder, whose owner it is from now on.
-
-    Corpora are named by their absolute paths, so that commands find them from any working
-    directory.
-    """
-    path = Path(config.run_dir) / CONFIG_NAME
-    tree = config.model_dump(mode="json")
-    for node in (tree["data"], *tree["data"]["corpora"].values()):
-        if node["dir"] is not None and "://" not in node["dir"]:
-            node["dir"] = os.path.abspath(node["dir"])
-    write_whole(path, yaml.safe_dump(tree, sort_keys=False))

@@ -33,6 +33,7 @@ from tests.model.helpers import rows_of
 from tests.model.recursion.systems import depth, expert
 from tests.parity.forks import run_forked
 from tests.parity.layouts import CLIPS, FIRST_STEP, Case, decoder_of, documents, sgd
+from tests.parity.whole import fill_parts, model_tensors, whole_tensors
 
 pytest.importorskip("deepspeed")
 # What DeepSpeed imports at its start takes many seconds; forked processes then have it already.
@@ -122,7 +123,7 @@ def train(name: str, case: Case, make: MakeOptimizer = sgd, steps: int = 2) -> d
     left: dict[str, Any] = {}
     for number in range(steps):
         left |= arrays(f"{number}/", system.step(number, case, CLIPS[number % 2]))
-        after = {k: t.clone() for k, t in system.engine.model_tensors().items()}
+        after = {k: t.clone() for k, t in model_tensors(system.engine.parts()).items()}
         left |= arrays(f"{number}/parameter/", after)
         left |= arrays(f"{number}/update/", {k: after[k] - before[k] for k in after})
         before = after
@@ -229,15 +230,13 @@ def interrupted(case: Case, state: dict[str, Any] | None) -> dict[str, Any]:
     system = System(decoder, case.config, adamw)
     if state is not None:
         found = {key: torch.from_numpy(value).float() for key, value in state.items()}
-        system.engine.load_model({k[6:]: t for k, t in found.items() if k.startswith("model/")})
-        moments = {k[10:]: t for k, t in found.items() if k.startswith("optimizer/")}
-        system.engine.load_optimizer(moments)
+        fill_parts(system.engine.parts(), found)
+        system.engine.take_over()
         left = arrays("2/", system.step(2, case, CLIPS[0]))
-        return left | arrays("2/parameter/", system.engine.model_tensors())
+        return left | arrays("2/parameter/", model_tensors(system.engine.parts()))
     for number in range(2):
         system.step(number, case, CLIPS[number])
-    left = arrays("model/", system.engine.model_tensors())
-    return left | arrays("optimizer/", system.engine.optimizer_tensors())
+    return arrays("", whole_tensors(system.engine.parts()))
 
 
 RESUMED = {
@@ -285,7 +284,7 @@ def with_evaluation(case: Case) -> dict[str, Any]:
             losses = system.executor.token_losses(batch, context)
         left |= arrays(f"{number}/evaluation/", {str(k): t for k, t in losses.items()})
         left |= arrays(f"{number}/", system.step(number, case, CLIPS[number]))
-        left |= arrays(f"{number}/parameter/", system.engine.model_tensors())
+        left |= arrays(f"{number}/parameter/", model_tensors(system.engine.parts()))
     return left
 
 
@@ -396,6 +395,6 @@ def test_names_the_launcher_that_is_missing() -> None:
 
 
 def test_refuses_steps_that_differ() -> None:
-    steps = {"a/step": torch.tensor(2.0), "b/step": torch.tensor(3.0)}
+    steps = {"optimizer/a/step": torch.tensor(2.0), "optimizer/b/step": torch.tensor(3.0)}
     with pytest.raises(CheckpointError, match="differently many steps"):
-        DeepSpeedEngine.load_optimizer(SimpleNamespace(), steps)  # type: ignore[arg-type]
+        DeepSpeedEngine.take_over(SimpleNamespace(copies=steps))  # type: ignore[arg-type]

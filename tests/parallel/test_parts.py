@@ -1,5 +1,6 @@
 """The pieces a layout is made of, each by itself."""
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from moebius.parallel.config import ParallelConfig
 from moebius.parallel.expert import owners
 from moebius.parallel.mesh import Axes, Mesh, partition
 from moebius.parallel.messages import Channel, Slot, directed, replaced, tensors_of
+from moebius.parallel.part import Box, Part
 from moebius.parallel.placement import Cut
 from moebius.parallel.tensor import VocabularyPart
 from tests.parity.forks import run_forked
@@ -84,19 +86,84 @@ def test_a_cut_that_does_not_divide_is_refused() -> None:
         Cut(group, 0).take(torch.zeros(3, 2))
 
 
-def join_again() -> None:
-    mesh = Mesh(ParallelConfig(tp=4))
-    whole = torch.arange(96.0).view(8, 12)
-    for cut in (Cut(mesh.tp, 0), Cut(mesh.tp, 1), Cut(mesh.tp, 0, copies=2), Cut(mesh.tp, 0, 2)):
-        part = cut.take(whole)
-        assert part.numel() == 96 // cut.num_parts
-        assert torch.equal(cut.join(part), whole)
-    halves = Cut(mesh.tp, 0, blocks=2).take(whole)
-    assert torch.equal(halves, torch.stack([whole[mesh.rank], whole[4 + mesh.rank]]))
+CUTS = [
+    [(0, 1, 1)],
+    [(1, 1, 1)],
+    [(0, 1, 2)],
+    [(0, 2, 1)],
+    [(1, 3, 1)],
+    [(0, 1, 1), (1, 3, 1)],
+    [(0, 2, 2), (1, 1, 2)],
+]
+"""(dimension, blocks, copies) of cuts by 4 processes"""
 
 
-def test_parts_join_to_the_whole() -> None:
-    run_forked(4, join_again)
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("shares", [1, 3, 7])
+def test_parts_are_the_elements_that_cuts_and_sharing_out_leave(
+    cuts: list[tuple[int, int, int]], shares: int
+) -> None:
+    """Against numbers that say where they were: boxes hold what a plain cut and slice do, once."""
+    shape = (16, 48, 3)
+    whole = torch.arange(16 * 48 * 3).view(shape)
+    for rank in range(4):
+        own = [Cut(_group(rank), *cut) for cut in cuts]
+        left = whole
+        for cut in own:
+            left = cut.take(left)
+        size = -(-left.numel() // shares)
+        for number in range(shares):
+            start = number * size
+            flat = left.flatten()[start : start + size]
+            given = left.clone() if shares == 1 else flat.clone()
+            part = Part.of(given, own, left.shape, start)
+            assert part.shape == shape
+            seen = []
+            for chunk in part.chunks:
+                place = tuple(
+                    slice(o, o + s) for o, s in zip(chunk.box.offsets, chunk.box.sizes, strict=True)
+                )
+                assert torch.equal(chunk.tensor, whole[place])
+                seen.append(chunk.tensor.flatten().clone())
+                chunk.tensor.zero_()
+            assert torch.equal(torch.cat(seen).sort()[0], flat.sort()[0])
+            assert not given.any(), "chunks are views"
+
+
+def _group(rank: int) -> Group:
+    group = Group("four", (0,), None, Traffic())
+    group.size, group.rank = 4, rank
+    return group
+
+
+def test_what_boxes_have_in_common() -> None:
+    """Against sets of elements."""
+    generator = random.Random(0)
+    for _ in range(300):
+        boxes = [
+            Box(
+                *zip(
+                    *[(generator.randrange(4), generator.randrange(1, 4)) for _ in range(2)],
+                    strict=True,
+                )
+            )
+            for _ in range(2)
+        ]
+        elements = [
+            {
+                (i, j)
+                for i in range(b.offsets[0], b.offsets[0] + b.sizes[0])
+                for j in range(b.offsets[1], b.offsets[1] + b.sizes[1])
+            }
+            for b in boxes
+        ]
+        common = boxes[0].common(boxes[1])
+        both = elements[0] & elements[1]
+        assert (common.numel if common else 0) == len(both)
+        if common:
+            grid = torch.zeros(8, 8)
+            grid[common.within(Box((0, 0), (8, 8)))] = 1
+            assert {tuple(at) for at in grid.nonzero().tolist()} == both
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from moebius.parallel.layout import Layout
 from moebius.parallel.rules import Asked, layout_problems
 from tests.model.helpers import batch_of, rows_of
 from tests.parity.models import VOCABULARY, model_of
+from tests.parity.whole import buffer_tensors, model_tensors
 
 LENGTH = 24
 RATE = 0.05
@@ -307,12 +308,12 @@ def train(name: str, case: Case, dtype: torch.dtype = torch.float64) -> dict[str
         for site, sums in result.ledger.statistics.items():
             keep({f"{site}/{key}": value for key, value in sums.items()})
         keep({f"{site}/experts": ids for site, ids in result.ledger.routings.items()})
-        keep(layout.buffers())
+        keep(buffer_tensors(layout))
     evaluation = StepContext("threshold", Ledger(), step=FIRST_STEP + len(case.clips), seed=7)
     left |= {
         f"evaluation/{name}": loss.detach().numpy()
         for name, loss in layout.loss_sums(whole, evaluation).items()
     }
-    after = layout.engine.model_tensors()
+    after = model_tensors(layout.engine.parts())
     keep({f"update/{name}": (after[name] - before[name]) / RATE for name in after})
     return left

@@ -12,10 +12,12 @@ from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
 from moebius.model.objective import TeacherModel
 from moebius.parallel.config import ParallelConfig, RingConfig
-from moebius.parallel.engine import ReplicatedEngine, of_all_stages
+from moebius.parallel.engine import ReplicatedEngine
 from moebius.parallel.layout import Layout
+from moebius.parallel.part import Part
 from moebius.parallel.ring.executor import RingExecutor
 from tests.parity.layouts import FIRST_STEP, LENGTH, Rows, decoder_of, documents, sgd
+from tests.parity.whole import model_tensors
 
 ROWS = 5
 """micro-batches of one row: not a multiple of 2, 3 or 4"""
@@ -84,8 +86,8 @@ def _gradients(layout: Layout, config: RingConfig, rows: int, distils: bool) -> 
     )
     layout.engine.reduce()
     own = {
-        p.name: p.placement.join(p.parameter.grad)
+        f"model/{p.name}": Part.of(p.parameter.grad, p.placement.cuts)
         for p in layout.engine.placed
         if p.parameter.grad is not None
     }
-    return arrays(of_all_stages(own, layout.mesh) | result.losses)
+    return arrays(model_tensors(own) | result.losses)

@@ -19,12 +19,17 @@ from moebius.trainer.callbacks.base import Callback, StepReport
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.console import ConsoleCallback
 from moebius.trainer.callbacks.evaluation import EvaluationCallback
+from moebius.trainer.callbacks.events import EventLog
+from moebius.trainer.callbacks.guard import GuardCallback
 from moebius.trainer.callbacks.metrics import MetricsCallback
 from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
 from moebius.trainer.config import RunConfig
+from moebius.trainer.folder import check_folder, claim_folder, lock_folder
 from moebius.trainer.loop import train
-from moebius.trainer.run import Run, check_folder, claim_folder, lock_folder
+from moebius.trainer.resume import resume
+from moebius.trainer.run import Run
+from tests.parity.whole import whole_tensors
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -39,7 +44,7 @@ class StopAfter(Callback):
 
     def on_step_end(self, run: Run, report: StepReport) -> None:
         if run.step == self.step:
-            run.asked_to_stop = 2
+            run.consensus.vote("stop", 2)
 
 
 def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
@@ -47,6 +52,7 @@ def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
     check_folder(config)
     callbacks = [
         StopAfter(stop_after),
+        GuardCallback(config.recovery),
         MetricsCallback(),
         EvaluationCallback(),
         CheckpointCallback(),
@@ -54,6 +60,7 @@ def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
     if is_main():
         callbacks += [
             ConsoleCallback(Console(file=open(os.devnull, "w"))),  # noqa: SIM115
+            EventLog(),
             JsonlSink(),
             TensorBoardSink(),
             RoutingRecorder(),
@@ -62,7 +69,7 @@ def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
         callbacks.append(AuditCallback())
     run = Run(config, open_corpora(config.data), callbacks)
     with lock_folder(run.folder) if is_main() else nullcontext():
-        run.resume()
+        resume(run)
         if is_main():
             claim_folder(config)
         train(run)
@@ -71,8 +78,7 @@ def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
 
 def saved_state(run: Run) -> dict[str, Tensor]:
     """What a checkpoint of the run would hold: parameters, buffers, the optimizer's state."""
-    engine = run.layout.engine
-    return engine.model_tensors() | run.layout.buffers() | engine.optimizer_tensors()
+    return whole_tensors(run.layout.parts())
 
 
 def logged(folder: str | Path) -> list[dict[str, Any]]:

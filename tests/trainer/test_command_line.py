@@ -23,7 +23,7 @@ from moebius.model.cost import forward_flops, planned_work, visit_costs
 from moebius.model.decoder import Decoder
 from moebius.trainer.config import RunConfig
 from moebius.trainer.config_file import load_config
-from moebius.trainer.run import lock_folder
+from moebius.trainer.folder import lock_folder
 from tests.trainer.helpers import error_line, logged, moebius, train_run, write_config
 
 

@@ -10,8 +10,8 @@ from moebius.data.config import DataConfig
 from moebius.data.prepare import prepare
 from moebius.model.executor import LocalExecutor
 from moebius.trainer.config import RunConfig
+from moebius.trainer.folder import claim_folder, lock_folder
 from moebius.trainer.restore import restore
-from moebius.trainer.run import claim_folder, lock_folder
 from tests.conftest import QUIET, model_tree
 from tests.model.recursion.conftest import one_thread
 from tests.trainer.helpers import logged, train_run, write_config

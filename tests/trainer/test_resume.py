@@ -14,8 +14,10 @@ from moebius.data.prepare import prepare
 from moebius.errors import CheckpointError, TrainingError
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.config import RunConfig
+from moebius.trainer.folder import check_folder, claim_folder
 from moebius.trainer.loop import train
-from moebius.trainer.run import Run, check_folder, claim_folder
+from moebius.trainer.resume import resume
+from moebius.trainer.run import Run
 from tests.conftest import QUIET
 from tests.trainer.helpers import logged, saved_state, train_run
 
@@ -47,7 +49,7 @@ def test_stopped_at_any_step(
         config = config_in(run_tree, tmp_path / f"stop{step}", **changes)
         stopped = train_run(config, stop_after=step)
         assert stopped.step == step
-        assert stopped.store.find() == stopped.store.root / f"step-{step:08}"
+        assert stopped.storage.steps()[-1] == step
         resumed = train_run(config)
         assert logged(resumed.folder) == expected
         assert same_state(resumed, whole)
@@ -75,11 +77,7 @@ def test_work_after_the_last_checkpoint_is_done_again(
     whole = train_run(config_in(run_tree, tmp_path / "whole"))
     config = config_in(run_tree, tmp_path / "died")
     died = train_run(config, stop_after=5)
-    newest = died.store.find()
-    assert newest is not None
-    for path in newest.iterdir():  # as if the process had died before this save: step 3 is left
-        path.unlink()
-    newest.rmdir()
+    died.storage.remove(5)  # as if the process had died before this save: step 3 is left
     with (died.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "train/lo')  # and in the middle of a line
     resumed = train_run(config)
@@ -184,17 +182,17 @@ def test_a_run_continues_from_a_copy_of_its_corpus(
     assert logged(resumed.folder) == logged(whole.folder)
 
 
-def test_nothing_is_saved_after_a_step_that_was_not_finite(
+def test_nothing_is_saved_where_the_weights_are_not_finite(
     run_tree: dict[str, Any], tmp_path: Path
 ) -> None:
     """The good checkpoints stay, although no report happened to show the loss."""
     changes = {"checkpoint": {"interval": 2}, "log": {"interval": 1000}}
     config = config_in(run_tree, tmp_path / "run", **changes)
-    good = train_run(config, stop_after=2)
+    train_run(config, stop_after=2)
     run = Run(config, open_corpora(config.data), [CheckpointCallback()])
-    run.resume()
+    resume(run)
     with torch.no_grad():
         next(run.decoder.parameters()).fill_(float("nan"))
-    with pytest.raises(TrainingError, match=r"step 4 was not finite; .* step-00000002"):
+    with pytest.raises(TrainingError, match=r"not finite after step 4"):
         train(run)
-    assert run.store.checkpoints() == [good.store.root / "step-00000002"]
+    assert run.storage.steps() == [2]

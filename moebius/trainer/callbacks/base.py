@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ class StepReport:
     losses: dict[str, Tensor]
     """see `StepResult.losses`"""
     grad_norm: Tensor
+    applied: Tensor
+    """bool: whether the step has changed the model; see `RecoveryConfig.max_skipped`"""
     lr: float
     ledger: Ledger
     sample_ids: range
@@ -39,13 +42,21 @@ class Callback:
     priority = 0
 
     def on_start(self, run: Run) -> None:
-        """Before the first step of this process, after a checkpoint was loaded."""
+        """Before the first step of this process, after a checkpoint was loaded; again where the run
+        has gone back to one."""
 
     def on_step_start(self, run: Run) -> None:
         """Before a batch is drawn."""
 
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """After the optimizer step; `run.step` counts it already."""
+
+    def on_agreed(self, run: Run, agreed: Mapping[str, int]) -> None:
+        """After all processes have agreed on what is next, see `Run.QUESTIONS`: all that this does
+        is done by all of them."""
+
+    def on_event(self, run: Run, kind: str, text: str) -> None:
+        """Something out of the ordinary happened, see `Run.tell`."""
 
     def on_metrics(self, run: Run, metrics: dict[str, float]) -> None:
         """A callback published numbers for the present step, see `Run.publish`."""

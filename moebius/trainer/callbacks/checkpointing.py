@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from moebius.errors import TrainingError
-from moebius.trainer.callbacks.base import Callback, StepReport
+from moebius.parallel.world import is_main
+from moebius.trainer.callbacks.base import Callback
+from moebius.trainer.recovery.crashes import note_progress
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
@@ -16,33 +16,38 @@ if TYPE_CHECKING:
 class CheckpointCallback(Callback):
     """Writes a checkpoint every interval, after the last step and before a stop.
 
-    A step whose loss or gradient was not finite has spoilt the weights: nothing is saved after it,
-    so that the checkpoints of before stay.
+    After the callbacks whose state it holds, and after the guard, which has judged all steps by
+    then: what is saved is sound.
     """
 
     name = "checkpoint"
     priority = 40
 
     def __init__(self) -> None:
-        self.finite: Tensor | None = None
+        self.done_at = -1
+        """last step at which there was nothing left to save"""
 
-    def on_step_end(self, run: Run, report: StepReport) -> None:
-        """Save where it is due; after the callbacks whose state the checkpoint holds."""
-        finite = report.losses["loss"].isfinite() & report.grad_norm.isfinite()
-        self.finite = finite if self.finite is None else self.finite & finite
-        if run.step % run.config.checkpoint.interval == 0:
-            self._save(run)
+    def on_start(self, run: Run) -> None:
+        """The present step is that of a checkpoint, or the beginning."""
+        self.done_at = run.step
+
+    def on_agreed(self, run: Run, agreed: Mapping[str, int]) -> None:
+        """Make what all have written a checkpoint, and begin the next one where it is due."""
+        if run.saver.pending and not agreed["writing"]:
+            self._settle(run)
+        if run.step != self.done_at and run.step % run.config.checkpoint.interval == 0:
+            with run.progress.section("save"):
+                run.save()
+            self.done_at = run.step
 
     def on_end(self, run: Run) -> None:
-        """Save the last state."""
-        self._save(run)
+        """Save the last state, and wait for it."""
+        with run.progress.section("save"):
+            run.save()
+        self._settle(run)
 
-    def _save(self, run: Run) -> None:
-        if self.finite is not None and not bool(self.finite):
-            newest = run.store.find()
-            raise TrainingError(
-                f"a loss or gradient up to step {run.step} was not finite; newest checkpoint: "
-                f"{newest.name if newest else 'none'}",
-                "lower optim.lr or raise optim.schedule.warmup_steps",
-            )
-        run.save()
+    def _settle(self, run: Run) -> None:
+        with run.progress.section("save"):
+            run.saver.settle()
+        if is_main():
+            note_progress(run.folder)

@@ -59,6 +59,10 @@ class ConsoleCallback(Callback):
         elif "eval/loss" in metrics:
             self._print(f"{step} | {evaluation_line(metrics)}")
 
+    def on_event(self, run: Run, kind: str, text: str) -> None:
+        """Print what happened."""
+        self._print(f"{kind}: {text}")
+
     def close(self) -> None:
         """Leave the terminal as it was."""
         self.progress.stop()

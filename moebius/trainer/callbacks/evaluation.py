@@ -31,8 +31,8 @@ class EvaluationCallback(Callback):
 
     def _evaluate(self, run: Run) -> None:
         config = run.config
-        run.publish(
-            evaluate_corpora(
+        with run.progress.section("evaluate"):
+            metrics = evaluate_corpora(
                 run.layout,
                 run.validation,
                 corpus_weights(run.stream.turns, config.data, run.stream.position),
@@ -43,4 +43,5 @@ class EvaluationCallback(Callback):
                 run.step,
                 config.train.seed,
             )
-        )
+        run.evaluated = (run.step, metrics["eval/loss"])
+        run.publish(metrics)

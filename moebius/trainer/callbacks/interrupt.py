@@ -2,34 +2,84 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moebius.trainer.callbacks.base import Callback
+from moebius.parallel.world import is_main
+from moebius.trainer.callbacks.base import Callback, StepReport
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+TIME_LIMIT, STOP_FILE = 1001, 1002
+"""reasons beside the numbers of signals"""
+STOP_NAME = "STOP"
+SAME_SECONDS = 1.0
+"""launchers and schedulers send the same signal twice; a person who means it waits longer"""
+
+
+def reason(code: int) -> str:
+    """What has stopped a run, from the answer to the question `stop`."""
+    if code == TIME_LIMIT:
+        return "train.time_limit is over"
+    if code == STOP_FILE:
+        return f"there is a file {STOP_NAME} in run_dir"
+    return signal.Signals(code).name
+
 
 class InterruptCallback(Callback):
-    """The first Ctrl-C ends the run after the present step, the second one at once."""
+    """Ends the run after the present step: on SIGINT (Ctrl-C), SIGTERM or SIGUSR1 to any of its
+    processes, when its time is over, or when there is a file `STOP` in the run folder.
+
+    A second signal ends the process at once.
+    """
 
     name = "interrupt"
     priority = 0
 
     def __init__(self) -> None:
-        self.previous = signal.getsignal(signal.SIGINT)
+        self.began = time.monotonic()
+        self.previous: dict[signal.Signals, Any] = {}
+        self.asked = 0
+        """why to stop; a signal may come at any time"""
 
     def on_start(self, run: Run) -> None:
-        """Take over the signal."""
+        """Take over the signals."""
+        since = 0.0
 
         def stop(number: int, frame: FrameType | None) -> None:
-            run.asked_to_stop = number
-            signal.signal(signal.SIGINT, self.previous)
+            nonlocal since
+            if not self.asked:
+                self.asked, since = number, time.monotonic()
+            elif time.monotonic() - since > SAME_SECONDS:
+                self.close()
+                if number == signal.SIGINT:
+                    raise KeyboardInterrupt
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
 
-        self.previous = signal.signal(signal.SIGINT, stop)
+        self.previous = {number: signal.signal(number, stop) for number in SIGNALS}
+        self._vote(run)
+
+    def on_step_end(self, run: Run, report: StepReport) -> None:
+        """Ask for a stop where there is a reason."""
+        self._vote(run)
+
+    def _vote(self, run: Run) -> None:
+        limit = run.config.train.time_limit
+        if not self.asked and is_main():
+            if limit is not None and time.monotonic() - self.began >= 60 * limit:
+                self.asked = TIME_LIMIT
+            elif (run.folder / STOP_NAME).exists():
+                self.asked = STOP_FILE
+        run.consensus.vote("stop", self.asked)
 
     def close(self) -> None:
-        """Give the signal back."""
-        signal.signal(signal.SIGINT, self.previous)
+        """Give the signals back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import TYPE_CHECKING
 
 import torch
 
-from moebius.errors import TrainingError
 from moebius.model.cost import planned_work, training_flops
 from moebius.parallel.comm import Traffic
 from moebius.trainer.callbacks.base import Callback, StepReport
@@ -55,11 +53,6 @@ class MetricsCallback(Callback):
                 "train/lr": report.lr,
                 "train/tokens": float(run.stream.position * config.data.sequence_length),
             }
-            if not math.isfinite(metrics["train/loss"]):
-                raise TrainingError(
-                    f"the loss is {metrics['train/loss']} at step {run.step}",
-                    "lower optim.lr or raise optim.schedule.warmup_steps",
-                )
         self.seconds += time.perf_counter() - self.began
         self.steps += 1
         if metrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, TextIO
 
 from torch.utils.tensorboard.writer import SummaryWriter
@@ -35,7 +36,9 @@ class JsonlSink(Callback):
     def on_metrics(self, run: Run, metrics: dict[str, float]) -> None:
         """Append a line, visible to readers at once."""
         if self.file is not None:
-            self.file.write(json.dumps({"step": run.step, **metrics}) + "\n")
+            # JSON has no word for numbers that are not finite.
+            plain = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+            self.file.write(json.dumps({"step": run.step, **plain}) + "\n")
             self.file.flush()
 
     def close(self) -> None:

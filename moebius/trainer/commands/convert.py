@@ -14,8 +14,9 @@ from moebius.model.recursion.convert import Method, conversion_problems, convert
 from moebius.trainer.commands.arguments import whole
 from moebius.trainer.commands.preparing import workshop
 from moebius.trainer.config_file import load_config
+from moebius.trainer.folder import check_folder, claim_folder, lock_folder
 from moebius.trainer.restore import restore
-from moebius.trainer.run import Run, check_folder, claim_folder, lock_folder
+from moebius.trainer.run import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         )
     target = Run(config, corpora, [])
     with lock_folder(target.folder):
-        if target.store.checkpoints():
+        if target.storage.steps():
             raise CheckpointError(
                 f"run_dir: '{target.folder}' holds a run already",
                 "choose another run_dir or delete the folder",
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         except ValueError as error:
             raise ConfigError(f"{arguments.config}: model: {error}") from None
         target.save()
+        target.saver.settle()
         claim_folder(config)
     show(f"converted '{arguments.source}' at step {source.step} to '{target.folder}' at step 0")
     if kept:

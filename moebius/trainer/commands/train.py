@@ -23,6 +23,8 @@ from moebius.trainer.callbacks.audit import AuditCallback
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.console import ConsoleCallback
 from moebius.trainer.callbacks.evaluation import EvaluationCallback
+from moebius.trainer.callbacks.events import EventLog
+from moebius.trainer.callbacks.guard import GuardCallback
 from moebius.trainer.callbacks.interrupt import InterruptCallback
 from moebius.trainer.callbacks.metrics import MetricsCallback
 from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
@@ -30,11 +32,14 @@ from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
 from moebius.trainer.commands.preparing import workshop
 from moebius.trainer.config import RunConfig, settings
 from moebius.trainer.config_file import load_config
+from moebius.trainer.folder import check_folder, claim_folder, lock_folder
 from moebius.trainer.loop import train
 from moebius.trainer.machine import select_device
-from moebius.trainer.run import Run, check_folder, claim_folder, lock_folder
+from moebius.trainer.resume import resume
+from moebius.trainer.run import Run
 
-SIGNAL_EXIT_BASE = 128
+STOPPED = 75
+"""exit code of a run that was stopped and saved: EX_TEMPFAIL of sysexits.h, try again"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,9 +95,21 @@ def _train(
     quarantined = {}
     if config.data.bad_shards == "quarantine":
         quarantined = from_main("quarantine", lambda: find_bad_shards(corpora, say), store)
-    callbacks = [InterruptCallback(), MetricsCallback(), EvaluationCallback(), CheckpointCallback()]
+    callbacks = [
+        InterruptCallback(),
+        GuardCallback(config.recovery),
+        MetricsCallback(),
+        EvaluationCallback(),
+        CheckpointCallback(),
+    ]
     if is_main():
-        callbacks += [ConsoleCallback(console), JsonlSink(), TensorBoardSink(), RoutingRecorder()]
+        callbacks += [
+            ConsoleCallback(console),
+            EventLog(),
+            JsonlSink(),
+            TensorBoardSink(),
+            RoutingRecorder(),
+        ]
     if config.log.audit:
         callbacks.append(AuditCallback())
     training = Run(config, corpora, callbacks, quarantined)
@@ -106,7 +123,7 @@ def _train(
         say(line)
     # Only now: a run that could not be built leaves no trace in the folder.
     with lock_folder(training.folder) if is_main() else nullcontext():
-        before = training.resume()
+        before = resume(training)
         if before is not None and before.train.batch_size != rows:
             say(
                 f"train.batch_size: {before.train.batch_size} -> {rows} after step "
@@ -130,7 +147,7 @@ def _train(
     lines.append(f"resume:   {again}   (continues after step {training.step} from {folder})")
     for line in lines:
         _print(console, line)
-    return SIGNAL_EXIT_BASE + (training.stop_signal or 0) if interrupted else 0
+    return STOPPED if interrupted else 0
 
 
 def _print(console: Console, line: str) -> None:

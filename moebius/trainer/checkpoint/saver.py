@@ -1,0 +1,158 @@
+"""Saving on all processes: who writes what, when a checkpoint is whole, which older ones go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import chain
+
+from moebius.errors import CheckpointError
+from moebius.parallel.part import Parts
+from moebius.parallel.together import from_first, gathered, together
+from moebius.parallel.world import is_main, rank
+from moebius.trainer.checkpoint.commit import INDEX_NAME, RECORD_NAME, CommitRecord, FileEntry
+from moebius.trainer.checkpoint.plan import (
+    Index,
+    file_name,
+    key,
+    listing,
+    plan,
+    total_bytes,
+    write_index,
+)
+from moebius.trainer.checkpoint.retention import outdated
+from moebius.trainer.checkpoint.storage import Storage
+from moebius.trainer.checkpoint.writer import Source, Staging, Writer
+from moebius.trainer.config import CheckpointConfig
+
+
+class Saver:
+    """Writes checkpoints while the training goes on. All methods but `abandon` and `writing` are
+    collective calls.
+
+    `begin` returns when the model may change again. `settle` waits until all have written and makes
+    that a checkpoint; nobody waits once no process is `writing` any more. `phase` is told what is
+    being done.
+    """
+
+    def __init__(
+        self, storage: Storage, config: CheckpointConfig, phase: Callable[[str], None]
+    ) -> None:
+        self.storage = storage
+        self.config = config
+        gigabytes = config.host_gigabytes
+        self.staging = Staging(None if gigabytes is None else round(gigabytes * 1e9))
+        self.phase = phase
+        self._index: Index | None = None
+        self._pending: tuple[CommitRecord, Index, Writer] | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save has begun that is not a checkpoint yet."""
+        return self._pending is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this process still writes."""
+        return self._pending is not None and self._pending[2].running
+
+    def begin(self, record: CommitRecord, parts: Parts) -> None:
+        """Save parts of the model and the optimizer; an earlier save is waited for.
+
+        A checkpoint of that step that is already there stays: a run has one state per step.
+        Raises CheckpointError where there is no room, and for a failure of the earlier save.
+        """
+        self.settle()
+        if from_first(record.step in self.storage.steps()):
+            return
+        if self._index is None:  # it stays the same as long as the layout does
+            self._index = plan(gathered(listing(parts)))
+        index = self._index
+        together(lambda: self._make_room(record.step, total_bytes(index)), CheckpointError)
+        writer = Writer(self.storage, record.step, sources(index, parts), self.staging, self.phase)
+        self._pending = (record, index, writer)
+        writer.wait_staged()
+
+    def _make_room(self, step: int, needed: int) -> None:
+        if not is_main():
+            return
+        free = self.storage.free()
+        if free is not None and free < needed:
+            raise CheckpointError(
+                f"checkpoint: {needed:,} bytes are needed in '{self.storage.location}', "
+                f"{free:,} are free",
+                "make room or name another checkpoint.dir; the checkpoints of before are untouched",
+            )
+        self.storage.begin(step)
+
+    def settle(self) -> None:
+        """Make what all processes have written a checkpoint. Raises CheckpointError where one of
+        them could not write."""
+        if self._pending is None:
+            return
+        (record, index, writer), self._pending = self._pending, None
+        writer.wait()
+        found: list[tuple[dict[str, FileEntry], str | None]] = gathered(
+            (writer.entries, writer.error)
+        )
+        errors = [error for _, error in found if error]
+        if errors:
+            raise CheckpointError(errors[0])
+        files = dict(chain.from_iterable(entries.items() for entries, _ in found))
+        self.phase("commit")
+        together(lambda: self._commit(record, index, files), CheckpointError)
+
+    def _commit(self, record: CommitRecord, index: Index, files: dict[str, FileEntry]) -> None:
+        if not is_main():
+            return
+        text = write_index(index)
+        entry = FileEntry.of(text.encode())
+        sealed = record.model_copy(update={"files": files | {INDEX_NAME: entry}})
+        self.storage.commit(record.step, {INDEX_NAME: text, RECORD_NAME: sealed.text()})
+        self.phase("retain")
+        self.retain()
+
+    def retain(self) -> list[int]:
+        """Delete the checkpoints that are not to be kept, on one process; their steps."""
+        config = self.config
+        steps = self.storage.steps()
+        losses = validation_losses(self.storage, steps) if config.keep_best else {}
+        gone = outdated(steps, losses, config.keep, config.keep_every, config.keep_best)
+        for step in gone:
+            self.storage.remove(step)
+        return gone
+
+    def abandon(self) -> None:
+        """Give a pending save up."""
+        if self._pending is not None:
+            self._pending[2].abandon()
+            self._pending = None
+
+
+def sources(index: Index, parts: Parts) -> list[Source]:
+    """What this process writes, in the order of its files."""
+    own_rank = rank()
+    found = []
+    for name, part in parts.items():
+        entry = index[name]
+        file = file_name(name.partition("/")[0], own_rank)
+        own = {stored.box for stored in entry.stored if stored.file == file}
+        found += [
+            Source(file, key(name, entry, chunk.box), chunk.tensor)
+            for chunk in part.chunks
+            if chunk.box in own and chunk.box.numel
+        ]
+    return sorted(found, key=lambda s: (s.file, -s.tensor.element_size(), s.key))
+
+
+def validation_losses(storage: Storage, steps: list[int]) -> dict[int, float]:
+    """Those that checkpoints have; damaged ones have none."""
+    losses = {}
+    for step in steps:
+        try:
+            loss = CommitRecord.read(storage.text(step, RECORD_NAME)).evaluation
+        except (OSError, ValueError, json.JSONDecodeError):
+            continue
+        if loss is not None:
+            losses[step] = loss
+    return losses

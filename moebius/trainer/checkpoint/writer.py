@@ -1,0 +1,175 @@
+"""One process's share of a checkpoint, written by a thread while the training goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Event, Thread
+
+import torch
+from torch import Tensor
+
+from moebius.errors import CheckpointError, MoebiusError
+from moebius.trainer.checkpoint.commit import FileEntry
+from moebius.trainer.checkpoint.files import Item, write_tensors
+from moebius.trainer.checkpoint.storage import Storage
+
+
+class AbandonedError(Exception):
+    """The run ends; an unfinished checkpoint is of no use."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor to be written, and the file it belongs to."""
+
+    file: str
+    key: str
+    tensor: Tensor
+    """a view of the model's or the optimizer's values"""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+class Staging:
+    """Copies in the host's memory, which are used again by every save."""
+
+    def __init__(self, max_bytes: int | None) -> None:
+        self.max_bytes = max_bytes
+        self.buffers: dict[tuple[str, str], Tensor] = {}
+
+    def copy(self, sources: Sequence[Source]) -> Mapping[tuple[str, str], Tensor]:
+        """The copies of as many of the last sources as there is memory for, by file and key."""
+        chosen = []
+        left = self.max_bytes
+        for source in reversed(sources):
+            if left is not None:
+                left -= source.num_bytes
+                if left < 0:
+                    break
+            chosen.append(source)
+        copies = {}
+        for source in chosen:
+            name = (source.file, source.key)
+            buffer = self.buffers.get(name)
+            if buffer is None or buffer.shape != source.tensor.shape:
+                pinned = source.tensor.is_cuda
+                buffer = torch.empty(
+                    source.tensor.shape, dtype=source.tensor.dtype, pin_memory=pinned
+                )
+            copies[name] = buffer.copy_(source.tensor, non_blocking=True)
+        if any(source.tensor.is_cuda for source in chosen):
+            torch.cuda.synchronize()
+        self.buffers = copies
+        return copies
+
+
+class Writer:
+    """Writes sources in their order; those that were not staged come first.
+
+    `wait_staged` returns once the model may be changed again. `phase` is told what is being done.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        step: int,
+        sources: Sequence[Source],
+        staging: Staging,
+        phase: Callable[[str], None],
+    ) -> None:
+        self.storage = storage
+        self.step = step
+        self.phase = phase
+        self.entries: dict[str, FileEntry] = {}
+        self.error: str | None = None
+        """why it failed"""
+        self._released = Event()
+        self._abandoned = False
+        phase("stage")
+        copies = staging.copy(sources)
+        if len(copies) == len(sources):
+            self._released.set()
+        self._files: dict[str, list[Item]] = {}
+        for source in sources:
+            copy = copies.get((source.file, source.key))
+            value = partial(self._staged, copy) if copy is not None else partial(_live, source)
+            item = Item(source.key, tuple(source.tensor.shape), source.tensor.dtype, value)
+            self._files.setdefault(source.file, []).append(item)
+        self._thread = Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether files are still being written."""
+        return self._thread.is_alive()
+
+    def wait_staged(self) -> None:
+        """Until what could not be staged is written."""
+        self._released.wait()
+
+    def wait(self) -> None:
+        """Until all is written, or failed."""
+        self._thread.join()
+
+    def abandon(self) -> None:
+        """Stop writing."""
+        self._abandoned = True
+        self._thread.join()
+
+    def _staged(self, copy: Tensor) -> Tensor:
+        self._released.set()  # all that was not staged has been written before
+        return copy
+
+    def _run(self) -> None:
+        try:
+            for file, items in self._files.items():
+                self.phase("write")
+                path = self.storage.scratch(self.step) / file
+                entry = write_tensors(path, items, self._go_on)
+                check(path, entry, self._go_on)
+                self.storage.add(self.step, file)
+                self.entries[file] = entry
+        except AbandonedError:
+            self.error = "abandoned"
+        except MoebiusError as error:
+            self.error = str(error)
+        except Exception as error:
+            self.error = f"checkpoint: {type(error).__name__}: {error}"
+        finally:
+            self._files = {}
+            self._released.set()
+
+    def _go_on(self) -> None:
+        if self._abandoned:
+            raise AbandonedError
+
+
+def _live(source: Source) -> Tensor:
+    return source.tensor
+
+
+def check(path: Path, entry: FileEntry, went_on: Callable[[], None]) -> None:
+    """Read a written file back, from the disk where the system allows it.
+
+    Raises CheckpointError where it is not what was written.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while block := file.read(8 << 20):
+            digest.update(block)
+            went_on()
+    if digest.hexdigest() != entry.sha256:
+        raise CheckpointError(
+            f"checkpoint: '{path}' does not hold what was written to it",
+            "check the disk; the checkpoints of before are untouched",
+        )

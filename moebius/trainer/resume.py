@@ -1,0 +1,140 @@
+"""Going on from a checkpoint: at the start of a process, and where a run goes back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moebius.errors import CheckpointError
+from moebius.parallel.part import Parts
+from moebius.parallel.together import from_first, together
+from moebius.parallel.world import agree, is_main, world_size
+from moebius.trainer.checkpoint.loader import Checkpoint, Refused, fill, newest_sound
+from moebius.trainer.checkpoint.plan import KINDS, check_index
+from moebius.trainer.checkpoint.tensors import model_shapes, optimizer_shapes
+from moebius.trainer.config import RunConfig, depends_on_micro_batch
+from moebius.trainer.folder import check_mixture, check_same_run
+from moebius.trainer.recovery.crashes import crashed, note_start
+
+if TYPE_CHECKING:
+    from moebius.trainer.run import Run
+
+
+def resume(run: Run, allow_changes: bool = False) -> RunConfig | None:
+    """Go on from the newest sound checkpoint, whose config is given; a folder without one starts
+    from the beginning. A collective call.
+
+    A checkpoint is passed over that is damaged, or from which the run has crashed too often. With
+    `allow_changes` its config may differ. Raises CheckpointError where none of several is left.
+    """
+    with run.progress.section("load"):
+        steps = run.storage.steps()
+        newest = steps[-1] if steps else -1
+        lowest, highest = -agree(-newest), agree(newest)
+        if lowest != highest:
+            raise CheckpointError(
+                f"run_dir: processes see different checkpoints in '{run.folder}', the newest of "
+                f"step {lowest} and of step {highest}",
+                "run_dir has to be one folder for all nodes",
+            )
+        poisoned = from_first([(step, _poison(run, step)) for step in steps])
+        found = load(
+            run,
+            [step for step, reason in poisoned if not reason],
+            [(step, reason) for step, reason in poisoned if reason],
+            allow_changes,
+        )
+        if is_main() and found is not None:
+            note_start(run.folder, run.step)
+    return found
+
+
+def _poison(run: Run, step: int) -> str:
+    """Why a checkpoint is not to be used although it may be sound; empty where it is."""
+    starts = crashed(run.folder, step)
+    if starts < run.config.checkpoint.max_crashes:
+        return ""
+    return (
+        f"checkpoint '{run.storage.name(step)}': {starts} starts in a row from it have crashed "
+        "before the next one was written"
+    )
+
+
+def load(
+    run: Run, steps: list[int], refused: Refused, allow_changes: bool = False
+) -> RunConfig | None:
+    """Load the newest sound checkpoint of some steps, see `resume`.
+
+    Newer ones that were passed over, `refused` among them, no longer count: the run will come to
+    their steps again.
+    """
+    if refused and not steps:
+        raise CheckpointError(
+            f"no checkpoint is left; {refused[-1][1]}",
+            "find out why, then delete starts.json in run_dir, or choose another run_dir",
+        )
+    parts: Parts | None = None
+    while True:
+        checkpoint, passed = newest_sound(run.storage, steps)
+        refused = refused + passed
+        if checkpoint is None:
+            return None
+        found = check(run, checkpoint, allow_changes)
+        parts = run.layout.parts() if parts is None else parts
+        try:
+            _take(run, checkpoint, parts)
+            break
+        except CheckpointError as error:  # it was damaged after it was verified
+            refused.append((checkpoint.record.step, str(error)))
+            steps = [step for step in steps if step < checkpoint.record.step]
+            if not steps:
+                raise
+    for step, reason in refused:
+        if step > run.step:
+            if is_main():
+                run.storage.set_aside(step)
+            run.tell("walked back", f"{reason}; going on from step {run.step} instead")
+    return found
+
+
+def _take(run: Run, checkpoint: Checkpoint, parts: Parts) -> None:
+    """Take up all that a checkpoint holds; a collective call."""
+    record = checkpoint.record
+    together(lambda: fill(checkpoint, parts, run.progress.mark), CheckpointError)
+    run.layout.engine.take_over()
+    run.step = record.step
+    run.skipped, run.rewound = list(record.skipped), list(record.rewound)
+    run.stream.load(record.position, record.stream)
+    for callback in run.callbacks:
+        callback.load_state_dict(record.callbacks.get(callback.name, {}))
+
+
+def check(run: Run, checkpoint: Checkpoint, allow_changes: bool) -> RunConfig:
+    """The config of a checkpoint. Raises CheckpointError where it is not one of this run."""
+    record, name = checkpoint.record, checkpoint.name
+    try:
+        found = RunConfig.model_validate(record.config)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint '{name}': its config is damaged") from error
+    if not allow_changes:
+        check_same_run(run.config, found, name)
+        check_mixture(run.config, found, record.tokens)
+        if record.corpus != run.corpus:
+            raise CheckpointError(
+                f"checkpoint '{name}' was not trained on the corpus '{run.config.data.dir}'",
+                "name the data.dir it was trained on, another run_dir, or --allow-changes",
+            )
+    if record.processes != world_size() and depends_on_micro_batch(run.config.model):
+        raise CheckpointError(
+            f"checkpoint '{name}' was trained by {record.processes} processes, and a scope "
+            f"of the model is micro_batch; there are {world_size()}",
+            "start as many",
+        )
+    if record.step and record.teacher != run.teacher_weights:
+        raise CheckpointError(
+            f"checkpoint '{name}' was distilled from other weights than those of "
+            "distillation.teacher",
+            "name the teacher and the step it was trained with, or another run_dir",
+        )
+    wanted = model_shapes(run.blueprint) | optimizer_shapes(run.blueprint)
+    check_index(checkpoint.index, wanted, KINDS)
+    return found
