@@ -182,12 +182,14 @@ class Run:
         steps = [step for step in self.storage.steps() if step <= at]
         used = {step for step, _ in rewound}
         targets = [step for step in steps if step not in used]
-        if not targets or len(rewound) == self.config.recovery.max_rewinds:
-            again = f" after {len(rewound)} times" if rewound else ""
+        reason = ""
+        if len(rewound) == self.config.recovery.max_rewinds:
+            reason = f"the run has gone back {len(rewound)} times (recovery.max_rewinds)"
+        elif not targets:
+            reason = f"there is no {'other ' if rewound else ''}checkpoint to go back to"
+        if reason:
             raise TrainingError(
-                f"{fault}; the run does not go back to a checkpoint{again}, of which there are "
-                f"{len(targets)}",
-                "lower optim.lr or raise optim.schedule.warmup_steps",
+                f"{fault}; {reason}", "lower optim.lr or raise optim.schedule.warmup_steps"
             )
         newer = [(step, f"step {step} led to it") for step in steps if step > targets[-1]]
         with self.progress.section("load"):

@@ -76,7 +76,7 @@ class Node:
     def _work(self, path: Path, local_rank: int, course: Course) -> None:
         rank, reports = 10 + local_rank, self.folder / "reports"
         board = Board(path, rank, local_rank, self.size)
-        stacks = dump_on_signal(reports, rank) if self.dumps else None
+        stacks = dump_on_signal(board) if self.dumps else None
         progress = Progress(LIMITS, board)
         if local_rank == 0:
             watchdog = start(board, reports, orphans=self.orphans, poll=POLL)
@@ -325,7 +325,7 @@ def test_time_in_which_the_watchdog_did_not_run_does_not_count(
 ) -> None:
     """The node slept, or a terminal stopped everybody."""
     board = Board(tmp_path / "board", 0, 0, 1)
-    watchdog = Watchdog(BoardReader(board.path), tmp_path, poll=0.25)
+    watchdog = Watchdog(board.path, tmp_path, poll=0.25)
     board.write("step", 1, 1, allowed=10)
     watchdog.look()
     clock.now += 1000
@@ -352,7 +352,7 @@ def test_a_folder_that_hangs_does_not_hold_up_the_end(
     process = FORK.Process(target=work)
     process.start()
     until(lambda: (tmp_path / "board").exists() and bool((tmp_path / "board").stat().st_size))
-    watchdog = Watchdog(BoardReader(tmp_path / "board"), tmp_path, POLL)
+    watchdog = Watchdog(tmp_path / "board", tmp_path, POLL)
     until(lambda: watchdog.reader.records() != [None])
     watchdog.look()
     monkeypatch.setattr(module, "REPORT_SECONDS", 0.1)
@@ -377,7 +377,7 @@ def test_a_record_of_an_earlier_process_is_not_watched(tmp_path: Path) -> None:
     reader = BoardReader(path)
     assert [record and record.pid for record in reader.records()] == [process.pid] * 2
     Progress(LIMITS, Board(path, 5, 1, 2))
-    watchdog = Watchdog(reader, tmp_path, POLL)
+    watchdog = Watchdog(path, tmp_path, POLL)
     watchdog.look()
     assert [worker.record.rank for worker in watchdog.workers] == [5]
     assert watchdog.missing == [0]

@@ -339,10 +339,10 @@ def test_two_processes_in_one_run_folder(config_path: Path, run_config: RunConfi
 def test_damaged_checkpoint(config_path: Path, trained: Path, tmp_path: Path) -> None:
     run = shutil.copytree(trained / "run", tmp_path / "copy")
     newest = sorted((run / "checkpoints").iterdir())[-1]
-    (newest / "model.safetensors").write_bytes(b"broken")
+    (newest / "model-00000.safetensors").write_bytes(b"broken")
     result = moebius("evaluate", run)
     assert result.returncode == 4
-    assert "model.safetensors has 6 bytes" in error_line(result)
+    assert "model-00000.safetensors has 6 bytes" in error_line(result)
 
 
 def test_no_run_folder(tmp_path: Path) -> None:
@@ -368,7 +368,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(config_path: Path) -> None:
         "train", config_path, "optim.lr=1e30", "optim.clip_norm=1e30", "train.num_steps=20"
     )
     assert result.returncode == 6
-    assert "the loss is nan at step" in error_line(result)
+    errors = error_line(result)
+    assert "the loss is nan" in errors
+    assert "5 steps before were left out already; there is no checkpoint to go back to" in errors
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()")
@@ -378,7 +380,7 @@ def test_a_device_that_is_not_there(config_path: Path) -> None:
     assert "device: cuda, but torch sees no CUDA device" in error_line(result)
 
 
-def test_ctrl_c_saves_exits_130_and_resumes(
+def test_ctrl_c_saves_exits_75_and_resumes(
     config_path: Path, run_config: RunConfig, tmp_path: Path
 ) -> None:
     """A real SIGINT in the middle of a run; the resumed log is that of an unbroken run."""
@@ -391,7 +393,7 @@ def test_ctrl_c_saves_exits_130_and_resumes(
             process.send_signal(signal.SIGINT)
             break
     rest = process.stdout.read()
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=60) == 75
     stopped_at = int(re.search(r"stopped at step (\d+) of 60", rest)[1])  # type: ignore[index]
     assert 5 <= stopped_at < 60
     assert (Path(run_config.run_dir) / "checkpoints" / f"step-{stopped_at:08}").is_dir()
@@ -416,7 +418,7 @@ def test_second_ctrl_c_ends_at_once(config_path: Path, run_config: RunConfig) ->
             break
     time.sleep(0.5)  # into the second step
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    time.sleep(0.8)  # a second one that comes at once is the same
     assert process.poll() is None, "the first one waits for the step"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

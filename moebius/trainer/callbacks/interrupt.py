@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TIME_LIMIT, STOP_FILE = 1001, 1002
 """reasons beside the numbers of signals"""
 STOP_NAME = "STOP"
-SAME_SECONDS = 1.0
+SAME_SECONDS = 0.5
 """launchers and schedulers send the same signal twice; a person who means it waits longer"""
 
 

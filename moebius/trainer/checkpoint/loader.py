@@ -1,4 +1,4 @@
-"""Loading on all processes: verify, walk back to the newest sound checkpoint, read the own parts."""
+"""Loading on all processes: verify, walk back to the newest sound checkpoint, read own parts."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ import os
 import shlex
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -25,7 +26,7 @@ from moebius.trainer.callbacks.console import ConsoleCallback
 from moebius.trainer.callbacks.evaluation import EvaluationCallback
 from moebius.trainer.callbacks.events import EventLog
 from moebius.trainer.callbacks.guard import GuardCallback
-from moebius.trainer.callbacks.interrupt import InterruptCallback
+from moebius.trainer.callbacks.interrupt import InterruptCallback, reason
 from moebius.trainer.callbacks.metrics import MetricsCallback
 from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
@@ -37,6 +38,8 @@ from moebius.trainer.loop import train
 from moebius.trainer.machine import select_device
 from moebius.trainer.resume import resume
 from moebius.trainer.run import Run
+from moebius.trainer.watch.progress import Progress
+from moebius.trainer.watch.session import watched
 
 STOPPED = 75
 """exit code of a run that was stopped and saved: EX_TEMPFAIL of sysexits.h, try again"""
@@ -46,18 +49,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`moebius train CONFIG [path.to.option=value ...]`."""
     parser.add_argument("config", help="run file, for example configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="options of the file, as optim.lr=3e-4")
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="go on with a run_dir of another config; the weights must still fit",
+    )
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Train to the last step (exit code 0) or to an interruption (128 + signal number)."""
+    """Train to the last step (exit code 0), or until it is stopped and saved (75)."""
     config = load_config(arguments.config, arguments.overrides)
     check_processes(config, world_size())
     device = select_device(config.train.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with joined(device, config.parallel.timeout) as store:
+    with (
+        watched(config.watchdog, Path(config.run_dir) / "watchdog") as progress,
+        joined(device, config.parallel.timeout) as store,
+    ):
         check_alike("settings", settings(config), store)
-        return _train(config, arguments, console, store)
+        return _train(config, arguments, console, store, progress)
 
 
 def check_processes(config: RunConfig, count: int) -> None:
@@ -83,11 +94,16 @@ def check_processes(config: RunConfig, count: int) -> None:
 
 
 def _train(
-    config: RunConfig, arguments: argparse.Namespace, console: Console, store: Store | None
+    config: RunConfig,
+    arguments: argparse.Namespace,
+    console: Console,
+    store: Store | None,
+    progress: Progress,
 ) -> int:
     """What each process does; one of them writes and prints."""
     console = console if is_main() else Console(quiet=True)
-    check_folder(config)
+    if not arguments.allow_changes:
+        check_folder(config)
     say = partial(_print, console)
     with workshop(console) as tools:
         corpora = main_first(lambda: prepare(config.data, config.model.vocab_size, tools), store)
@@ -112,7 +128,7 @@ def _train(
         ]
     if config.log.audit:
         callbacks.append(AuditCallback())
-    training = Run(config, corpora, callbacks, quarantined)
+    training = Run(config, corpora, callbacks, quarantined, progress)
     if quarantined and isinstance(training.stream, TrainStream):
         count = sum(reader.count_substituted() for reader in training.stream.readers)
         total = sum(training.stream.num_samples)
@@ -123,7 +139,7 @@ def _train(
         say(line)
     # Only now: a run that could not be built leaves no trace in the folder.
     with lock_folder(training.folder) if is_main() else nullcontext():
-        before = resume(training)
+        before = resume(training, arguments.allow_changes)
         if before is not None and before.train.batch_size != rows:
             say(
                 f"train.batch_size: {before.train.batch_size} -> {rows} after step "
@@ -140,7 +156,8 @@ def _train(
     interrupted = training.step < config.train.num_steps
     lines = [f"curves:   tensorboard --logdir {folder / 'tensorboard'}"]
     if interrupted:
-        lines.append(f"stopped at step {training.step} of {config.train.num_steps}")
+        why = reason(training.agreed["stop"])
+        lines.append(f"stopped at step {training.step} of {config.train.num_steps}: {why}")
     else:
         lines.append(f"generate: moebius generate {folder} --prompt 'def '")
         lines.append(f"evaluate: moebius evaluate {folder}")

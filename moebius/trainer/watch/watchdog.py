@@ -78,8 +78,9 @@ class Worker(NamedTuple):
 class Watchdog:
     """The workers of a board, seen at every poll."""
 
-    def __init__(self, reader: BoardReader, folder: Path, poll: float) -> None:
-        self.reader = reader
+    def __init__(self, board: Path, folder: Path, poll: float) -> None:
+        self.board = board
+        self.reader = BoardReader(board)
         self.folder = folder
         self.poll = poll
         self.workers: list[Worker] = []
@@ -152,7 +153,7 @@ class Watchdog:
         workers = [worker for worker in self.workers if worker.alive]
         able = [worker.record for worker in workers if handles_dump(worker.record)]
         with suppress(OSError):
-            files = {r.rank: stack_file(self.folder, r.rank) for r in able}
+            files = {r.rank: stack_file(self.board, r.rank) for r in able}
             old = {rank: size_of(file) for rank, file in files.items()}
             for record in able:
                 send(record, signal.SIGUSR2)
@@ -165,6 +166,7 @@ class Watchdog:
                 file = files.get(worker.record.rank)
                 stacks = stacks_after(file, old[worker.record.rank]) if file else "no stacks"
                 parts.append(f"=== {worker} {worker.place} since its last mark\n{stacks}")
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("\n\n".join(parts) + "\n")
             written.set()
             for file in files.values():
@@ -189,7 +191,7 @@ def hindmost(workers: list[Worker]) -> list[Worker]:
 def watch(path: Path, folder: Path, poll: float, launcher: int | None) -> None:
     """Watch the processes of a board until all of them have ended, or end them."""
     launcher_started = process_state(launcher)[1] if launcher else 0
-    watchdog = Watchdog(BoardReader(path), folder, poll)
+    watchdog = Watchdog(path, folder, poll)
     while True:
         watchdog.look()
         if not watchdog.missing:
@@ -214,21 +216,20 @@ def start(
 ) -> "subprocess.Popen[bytes]":
     """Start the watchdog of this node, which ends by itself; for one worker of the node.
 
-    `folder` takes its reports. With `orphans`, workers are ended too when the process that started
-    this one is gone: only for launchers that live as long as their workers.
+    `folder` takes its reports and is made for the first one. With `orphans`, workers are ended too
+    when the process that started this one is gone: only for launchers that live as long as their
+    workers.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", __name__, str(board.path), str(folder), "--poll", str(poll)]
     if orphans and board.parent:  # 0: in another PID namespace, where it cannot be seen
         command += ["--launcher", str(board.parent)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
-def dump_on_signal(folder: Path, rank: int) -> ExitStack:
+def dump_on_signal(board: Board) -> ExitStack:
     """Let SIGUSR2 write the stacks of all threads of this process, whatever it is doing, into a
-    file of its own in a folder until what is returned is closed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = stack_file(folder, rank)
+    file beside the board until what is returned is closed."""
+    path = stack_file(board.path, board.rank)
     path.unlink(missing_ok=True)  # a process of an earlier attempt may still hold it
     with ExitStack() as stack:
         file = stack.enter_context(path.open("w"))
@@ -273,9 +274,9 @@ def wait_for_stacks(files: dict[int, Path], old: dict[int, int]) -> None:
         before = sizes
 
 
-def stack_file(folder: Path, rank: int) -> Path:
+def stack_file(board: Path, rank: int) -> Path:
     """Where a worker writes its stacks."""
-    return folder / f"rank-{rank}.stacks"
+    return board.with_name(f"{board.name}.{rank}.stacks")
 
 
 def size_of(file: Path) -> int:
