@@ -1,7 +1,7 @@
 """The configuration of a run: the rooms' configurations, composed, and the rules across them."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -15,6 +15,7 @@ from moebius.parallel.config import ParallelConfig
 from moebius.parallel.rules import Asked, layout_problems
 from moebius.trainer.optim import OptimConfig
 from moebius.trainer.recovery.config import RecoveryConfig
+from moebius.trainer.recovery.faults import Fault
 from moebius.trainer.schedules import WSDSchedule
 from moebius.trainer.watch.progress import WatchdogConfig
 
@@ -123,6 +124,8 @@ class RunConfig(ConfigNode):
     watchdog: WatchdogConfig = WatchdogConfig()
     """processes that hang"""
     log: LogConfig = LogConfig()
+    faults: Annotated[tuple[Fault, ...], Field(strict=False)] = ()
+    """for tests: what goes wrong on purpose; refused unless MOEBIUS_FAULTS=1 is in the environment"""
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -141,6 +144,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "recovery": True,
         "watchdog": True,
         "log": True,
+        "faults": True,
         "train": train,
         # What comes of a mixture's phases before a checkpoint is compared when it is loaded.
         "data": {*PLACES, "validation_fraction", "mixture"},

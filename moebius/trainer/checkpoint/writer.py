@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moebius.errors import CheckpointError, MoebiusError
 from moebius.trainer.checkpoint.commit import FileEntry
-from moebius.trainer.checkpoint.files import Item, write_tensors
+from moebius.trainer.checkpoint.files import Item, write_tensors, writing
 from moebius.trainer.checkpoint.storage import Storage
 
 
@@ -131,8 +131,9 @@ class Writer:
     def _run(self) -> None:
         try:
             for file, items in self._files.items():
-                self.phase("write")
                 path = self.storage.scratch(self.step) / file
+                with writing(path):
+                    self.phase("write")
                 entry = write_tensors(path, items, self._go_on)
                 check(path, entry, self._go_on)
                 self.storage.add(self.step, file)

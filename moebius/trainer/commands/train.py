@@ -36,6 +36,7 @@ from moebius.trainer.config_file import load_config
 from moebius.trainer.folder import check_folder, claim_folder, lock_folder
 from moebius.trainer.loop import train
 from moebius.trainer.machine import select_device
+from moebius.trainer.recovery.faults import FaultInjector
 from moebius.trainer.resume import resume
 from moebius.trainer.run import Run
 from moebius.trainer.watch.progress import Progress
@@ -67,8 +68,9 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         watched(config.watchdog, Path(config.run_dir) / "watchdog") as progress,
         joined(device, config.parallel.timeout) as store,
     ):
+        injector = FaultInjector(config.faults, config.run_dir, progress) if config.faults else None
         check_alike("settings", settings(config), store)
-        return _train(config, arguments, console, store, progress)
+        return _train(config, arguments, console, store, progress, injector)
 
 
 def check_processes(config: RunConfig, count: int) -> None:
@@ -99,6 +101,7 @@ def _train(
     console: Console,
     store: Store | None,
     progress: Progress,
+    injector: FaultInjector | None,
 ) -> int:
     """What each process does; one of them writes and prints."""
     console = console if is_main() else Console(quiet=True)
@@ -129,6 +132,8 @@ def _train(
     if config.log.audit:
         callbacks.append(AuditCallback())
     training = Run(config, corpora, callbacks, quarantined, progress)
+    if injector is not None:
+        injector.attach(training)
     if quarantined and isinstance(training.stream, TrainStream):
         count = sum(reader.count_substituted() for reader in training.stream.readers)
         total = sum(training.stream.num_samples)

@@ -9,6 +9,9 @@ from moebius.trainer.watch.board import Board, board_path
 from moebius.trainer.watch.progress import Progress, WatchdogConfig
 from moebius.trainer.watch.watchdog import dump_on_signal, start
 
+ATTEMPT = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+"""what tells the attempts of a launcher apart"""
+
 
 @contextmanager
 def watched(limits: WatchdogConfig, folder: Path) -> Iterator[Progress]:
@@ -20,14 +23,14 @@ def watched(limits: WatchdogConfig, folder: Path) -> Iterator[Progress]:
         yield Progress(limits)
         return
     launched = "TORCHELASTIC_RUN_ID" in os.environ
-    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
-    words = [os.environ.get(name, "") for name in names]
-    attempt = "-".join(words) if launched else f"{words[2]}-{_number('WORLD_SIZE', 1)}"
-    if _number("WORLD_SIZE", 1) == 1:
-        attempt += f"-{os.getpid()}"
-    local_rank = _number("LOCAL_RANK", _number("RANK", 0))
-    local_size = _number("LOCAL_WORLD_SIZE", _number("WORLD_SIZE", 1))
-    board = Board(board_path(attempt, os.getppid()), _number("RANK", 0), local_rank, local_size)
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    local_rank = _number("LOCAL_RANK", rank)
+    local_size = _number("LOCAL_WORLD_SIZE", size)
+    # One machine may pretend to be several nodes, and start the same run again at the same port.
+    words = [os.environ.get(name, "") for name in ATTEMPT] + [str(rank - local_rank)]
+    if size == 1:
+        words.append(str(os.getpid()))
+    board = Board(board_path("-".join(words), os.getppid()), rank, local_rank, local_size)
     with dump_on_signal(board):
         progress = Progress(limits, board)
         if local_rank == 0:
