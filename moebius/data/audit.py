@@ -38,6 +38,8 @@ class Header(ConfigNode):
     batch_size: PositiveInt
     samples: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None
     """in an epoch of each corpus; None: without an end"""
+    skipped: tuple[tuple[Number, Number], ...] = ()
+    """ranges of positions that the run has left out where it went back"""
 
 
 class Line(ConfigNode):
@@ -52,7 +54,14 @@ class AuditWriter:
     """Writes down what one process reads."""
 
     def __init__(
-        self, folder: Path, attempt: int, rank: int, dp: int, step: int, stream: Stream
+        self,
+        folder: Path,
+        attempt: int,
+        rank: int,
+        dp: int,
+        step: int,
+        stream: Stream,
+        skipped: Sequence[tuple[int, int]] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.stream = stream
@@ -67,6 +76,7 @@ class AuditWriter:
                 position=stream.position,
                 batch_size=stream.batch_size,
                 samples=None if samples is None else tuple(samples),
+                skipped=tuple(skipped),
             )
         )
 
@@ -133,12 +143,16 @@ def read_audit(folder: Path) -> NDArray[np.int64]:
         steps = {step: rows for step, rows in steps.items() if step <= begin}
         steps |= attempt.steps
         sizes |= dict.fromkeys(attempt.steps, attempt.header.batch_size)
+    left_out = attempts[-1].header.skipped
+    jumps = {start: end for start, end in left_out if start < end}
     position = first.position
     for number in range(first.step + 1, max(steps, default=first.step) + 1):
         if number not in steps:
             raise DataError(f"audit '{folder}': step {number} is missing")
         found = steps[number][:, 0]
         size = sizes[number]
+        while position in jumps:
+            position = jumps[position]
         if len(found) != size or not np.array_equal(found, np.arange(position, position + size)):
             raise DataError(
                 f"audit '{folder}': step {number} has samples {_brief(found)}, "
@@ -147,7 +161,8 @@ def read_audit(folder: Path) -> NDArray[np.int64]:
         position += sizes[number]
     empty = np.zeros((0, len(COLUMNS)), dtype=np.int64)
     rows = np.concatenate([empty, *(steps[number] for number in sorted(steps))])
-    _check_epochs(folder, rows, attempts[-1].header.samples)
+    count = sum(end - start for start, end in left_out)
+    _check_epochs(folder, rows, attempts[-1].header.samples, count)
     return rows
 
 
@@ -223,15 +238,18 @@ def _read(path: Path) -> tuple[Header | None, list[Line]]:
     return head, lines if head is not None else []
 
 
-def _check_epochs(folder: Path, rows: NDArray[np.int64], samples: tuple[int, ...] | None) -> None:
-    """No sample comes twice in an epoch, and all of a finished one come."""
+def _check_epochs(
+    folder: Path, rows: NDArray[np.int64], samples: tuple[int, ...] | None, left_out: int
+) -> None:
+    """No sample comes twice in an epoch, and all of a finished one come, unless some were left
+    out."""
     keys = rows[:, 1:]
     if len(keys) and samples is not None:
         sizes = np.array(samples, dtype=np.int64)
         corpora = keys[:, 0]
         outside = corpora >= len(sizes)
         outside |= keys[:, 2] >= sizes[np.minimum(corpora, len(sizes) - 1)]
-        outside |= keys[:, 1] > len(keys)
+        outside |= keys[:, 1] > len(keys) + left_out
         if outside.any():
             corpus, epoch, sample = keys[np.argmax(outside)].tolist()
             raise DataError(
@@ -244,7 +262,7 @@ def _check_epochs(folder: Path, rows: NDArray[np.int64], samples: tuple[int, ...
             f"audit '{folder}': sample {sample} of corpus {corpus} came {counts.max()} times in "
             f"epoch {epoch}"
         )
-    if samples is None or not len(rows) or rows[0, 0] != 0:
+    if samples is None or not len(rows) or rows[0, 0] != 0 or left_out:
         return
     for corpus, size in enumerate(samples):
         epochs = unique[unique[:, 0] == corpus, 1]

@@ -13,6 +13,7 @@ from moebius.errors import ConfigError, LayoutError, MoebiusError
 from moebius.parallel.world import check_alone, is_first_here, is_main
 from moebius.trainer.commands import (
     audit,
+    checkpoints,
     convert,
     describe,
     evaluate,
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": evaluate,
     "sweep": sweep,
     "convert": convert,
+    "checkpoints": checkpoints,
     "generate": generate,
     "schema": schema,
 }

@@ -125,7 +125,7 @@ class RunConfig(ConfigNode):
     """processes that hang"""
     log: LogConfig = LogConfig()
     faults: Annotated[tuple[Fault, ...], Field(strict=False)] = ()
-    """for tests: what goes wrong on purpose; refused unless MOEBIUS_FAULTS=1 is in the environment"""
+    """what goes wrong on purpose, in tests: refused unless the environment has MOEBIUS_FAULTS=1"""
 
 
 def identity(config: RunConfig) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def load(
 def _take(run: Run, checkpoint: Checkpoint, parts: Parts) -> None:
     """Take up all that a checkpoint holds; a collective call."""
     record = checkpoint.record
-    together(lambda: fill(checkpoint, parts, run.progress.mark), CheckpointError)
+    together(lambda: fill(checkpoint, parts, lambda: run.progress.mark("read")), CheckpointError)
     run.layout.engine.take_over()
     run.step = record.step
     run.skipped, run.rewound = list(record.skipped), list(record.rewound)

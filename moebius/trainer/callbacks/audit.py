@@ -32,7 +32,9 @@ class AuditCallback(Callback):
                     path.unlink()
         attempt = agree(next_attempt(folder))
         mesh = run.layout.mesh
-        self.writer = AuditWriter(folder, attempt, mesh.rank, mesh.dp.rank, run.step, run.stream)
+        self.writer = AuditWriter(
+            folder, attempt, mesh.rank, mesh.dp.rank, run.step, run.stream, run.skipped
+        )
 
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """Note the step that has just ended."""

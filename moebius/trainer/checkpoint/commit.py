@@ -75,4 +75,6 @@ class CommitRecord(ConfigNode):
         tree = unseal(text)
         if tree.get("format") != 2:
             raise ValueError(f"its format is {json.dumps(tree.get('format'))}, not 2")
+        if seal(tree).encode() != text:
+            raise ValueError("it is not as it was written")
         return cls.model_validate_json(json.dumps(tree))

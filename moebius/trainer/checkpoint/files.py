@@ -95,7 +95,8 @@ def _blocks(items: list[Item]) -> Iterator[memoryview]:
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for item in items:
-        values = item.value().cpu().contiguous().view(-1)
+        values = item.value().cpu().contiguous()
+        values = values.as_strided((values.numel(),), (1,))  # one element may have any stride
         raw = memoryview(values.view(torch.uint8).numpy().data if item.num_bytes else b"")
         for begin in range(0, len(raw), BLOCK):
             yield raw[begin : begin + BLOCK]

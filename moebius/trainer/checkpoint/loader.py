@@ -46,7 +46,7 @@ def open_checkpoint(storage: Storage, step: int) -> Checkpoint:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"checkpoint '{name}': no valid {RECORD_NAME}: {reason}") from None
     if record.step != step:
-        raise CheckpointError(f"checkpoint '{name}': it is of step {record.step}")
+        raise CheckpointError(f"checkpoint '{name}': its {RECORD_NAME} is of step {record.step}")
     check_file(storage, record, INDEX_NAME)
     try:
         index = read_index(storage.text(step, INDEX_NAME))

@@ -63,7 +63,8 @@ class Saver:
         Raises CheckpointError where there is no room, and for a failure of the earlier save.
         """
         self.settle()
-        if from_first(record.step in self.storage.steps()):
+        steps = together(self.storage.steps, CheckpointError)
+        if from_first(record.step in steps):
             return
         if self._index is None:  # it stays the same as long as the layout does
             self._index = plan(gathered(listing(parts)))
@@ -76,6 +77,7 @@ class Saver:
     def _make_room(self, step: int, needed: int) -> None:
         if not is_main():
             return
+        self.storage.begin(step)  # what is left of earlier attempts takes room too
         free = self.storage.free()
         if free is not None and free < needed:
             raise CheckpointError(
@@ -83,7 +85,6 @@ class Saver:
                 f"{free:,} are free",
                 "make room or name another checkpoint.dir; the checkpoints of before are untouched",
             )
-        self.storage.begin(step)
 
     def settle(self) -> None:
         """Make what all processes have written a checkpoint. Raises CheckpointError where one of

@@ -68,8 +68,14 @@ class Storage(Protocol):
     def remove(self, step: int) -> None:
         """Delete a checkpoint."""
 
+    def written(self, step: int) -> float | None:
+        """When a checkpoint was committed, in seconds since 1970; None: nobody knows."""
+
+    def remains(self) -> list[str]:
+        """Names of what is no checkpoint: unfinished and set aside ones."""
+
     def remove_remains(self) -> list[str]:
-        """Delete what is no checkpoint: unfinished and set aside ones; their names."""
+        """Delete what is no checkpoint; the names."""
 
 
 def open_storage(location: str) -> Storage:
@@ -80,6 +86,11 @@ def open_storage(location: str) -> Storage:
 def folder_name(step: int) -> str:
     """Of a checkpoint."""
     return f"step-{step:08}"
+
+
+def _reason(error: Exception) -> str:
+    """One line of what a filesystem says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _sha256(file: Any) -> tuple[int, str]:
@@ -155,31 +166,43 @@ class LocalStorage:
         """See `Storage`."""
         folder = self.root / folder_name(step)
         aside = folder.with_name(folder.name + DAMAGED)
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(folder, aside)
-        sync(self.root)
+        with writing(folder):
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+            sync(self.root)
 
     def remove(self, step: int) -> None:
         """See `Storage`; what is left where the process is killed meanwhile is no checkpoint."""
         folder = self.root / folder_name(step)
         doomed = folder.with_name(folder.name + ".tmp")
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+        with writing(folder):
+            os.replace(folder, doomed)
+            shutil.rmtree(doomed)
+
+    def written(self, step: int) -> float | None:
+        """See `Storage`."""
+        try:
+            return (self.root / folder_name(step) / RECORD_NAME).stat().st_mtime
+        except OSError:
+            return None
+
+    def remains(self) -> list[str]:
+        """See `Storage`."""
+        names = sorted(path.name for path in self.root.glob("step-*"))
+        return [
+            name
+            for name in names
+            if UNFINISHED.fullmatch(name)
+            or (name.endswith(DAMAGED) and STEP_FOLDER.fullmatch(name.removesuffix(DAMAGED)))
+        ]
 
     def remove_remains(self) -> list[str]:
         """See `Storage`."""
-        found = [
-            path
-            for path in sorted(self.root.glob("step-*"))
-            if UNFINISHED.fullmatch(path.name)
-            or (
-                STEP_FOLDER.fullmatch(path.name.removesuffix(DAMAGED))
-                and path.name.endswith(DAMAGED)
-            )
-        ]
-        for path in found:
-            shutil.rmtree(path)
-        return [path.name for path in found]
+        found = self.remains()
+        for name in found:
+            with writing(self.root / name):
+                shutil.rmtree(self.root / name)
+        return found
 
 
 class RemoteStorage:
@@ -195,14 +218,16 @@ class RemoteStorage:
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.location)
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"checkpoint.dir: '{url}': {reason}") from None
+            raise CheckpointError(f"checkpoint.dir: '{url}': {_reason(error)}") from None
         self.local = Path(tempfile.gettempdir()) / f"moebius-checkpoints-{os.getpid()}"
 
     def steps(self) -> list[int]:
         """See `Storage`."""
-        self.fs.invalidate_cache()
-        found = self.fs.glob(f"{self.root}/step-*/{RECORD_NAME}")
+        try:
+            self.fs.invalidate_cache()
+            found = self.fs.glob(f"{self.root}/step-*/{RECORD_NAME}")
+        except Exception as error:  # every filesystem has its own
+            raise CheckpointError(f"checkpoint.dir: '{self.location}': {_reason(error)}") from None
         names = (STEP_FOLDER.fullmatch(path.split("/")[-2]) for path in found)
         return sorted(int(name[1]) for name in names if name)
 
@@ -216,8 +241,12 @@ class RemoteStorage:
 
     def begin(self, step: int) -> None:
         """See `Storage`."""
+        folder = f"{self.root}/{folder_name(step)}"
         with self._writing(step):
-            self._clear(f"{self.root}/{folder_name(step)}")
+            self._clear(folder)
+        for path in (self.root, folder):
+            with suppress(Exception):  # there already, or a store that has no folders
+                self.fs.mkdir(path, create_parents=False)
 
     def _clear(self, folder: str) -> None:
         self.fs.invalidate_cache()
@@ -229,9 +258,8 @@ class RemoteStorage:
         try:
             yield
         except Exception as error:  # every filesystem has its own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"checkpoint: cannot write '{self.name(step)}': {reason}"
+                f"checkpoint: cannot write '{self.name(step)}': {_reason(error)}"
             ) from None
 
     def scratch(self, step: int) -> Path:
@@ -284,26 +312,39 @@ class RemoteStorage:
         try:
             yield
         except Exception as error:  # every filesystem has its own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise OSError(f"cannot read '{self.name(step)}/{file}': {reason}") from error
+            raise OSError(f"cannot read '{self.name(step)}/{file}': {_reason(error)}") from error
 
     def set_aside(self, step: int) -> None:
         """See `Storage`."""
         record = self._path(step, RECORD_NAME)
-        self.fs.mv(record, record + DAMAGED)
+        with self._writing(step):
+            self.fs.mv(record, record + DAMAGED)
 
     def remove(self, step: int) -> None:
         """See `Storage`; the record first, so that what is left is no checkpoint."""
-        self.fs.rm_file(self._path(step, RECORD_NAME))
-        self._clear(f"{self.root}/{folder_name(step)}")
+        with self._writing(step):
+            self.fs.rm_file(self._path(step, RECORD_NAME))
+            self._clear(f"{self.root}/{folder_name(step)}")
+
+    def written(self, step: int) -> float | None:
+        """See `Storage`."""
+        try:
+            time: float = self.fs.modified(self._path(step, RECORD_NAME)).timestamp()
+        except Exception:  # every filesystem has its own, and some have no times
+            return None
+        return time
+
+    def remains(self) -> list[str]:
+        """See `Storage`; the name does not tell an unfinished one from one that was set aside."""
+        there = {folder_name(step) for step in self.steps()}
+        folders = self.fs.glob(f"{self.root}/step-*")
+        names = sorted({path.rstrip("/").rpartition("/")[2] for path in folders} - there)
+        return [name for name in names if STEP_FOLDER.fullmatch(name)]
 
     def remove_remains(self) -> list[str]:
         """See `Storage`."""
-        self.fs.invalidate_cache()
-        there = {folder_name(step) for step in self.steps()}
-        folders = [path for path in self.fs.ls(self.root, detail=False)]
-        names = sorted({path.rstrip("/").rpartition("/")[2] for path in folders} - there)
-        found = [name for name in names if STEP_FOLDER.fullmatch(name)]
+        found = self.remains()
         for name in found:
-            self._clear(f"{self.root}/{name}")
+            with self._writing(int(name.removeprefix("step-"))):
+                self._clear(f"{self.root}/{name}")
         return found

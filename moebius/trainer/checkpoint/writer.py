@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,13 +132,7 @@ class Writer:
     def _run(self) -> None:
         try:
             for file, items in self._files.items():
-                path = self.storage.scratch(self.step) / file
-                with writing(path):
-                    self.phase("write")
-                entry = write_tensors(path, items, self._go_on)
-                check(path, entry, self._go_on)
-                self.storage.add(self.step, file)
-                self.entries[file] = entry
+                self.entries[file] = self._write(file, items)
         except AbandonedError:
             self.error = "abandoned"
         except MoebiusError as error:
@@ -147,6 +142,20 @@ class Writer:
         finally:
             self._files = {}
             self._released.set()
+
+    def _write(self, file: str, items: list[Item]) -> FileEntry:
+        path = self.storage.scratch(self.step) / file
+        try:
+            with writing(path):
+                self.phase("write")
+            entry = write_tensors(path, items, self._go_on)
+            check(path, entry, self._go_on)
+            self.storage.add(self.step, file)
+        except BaseException:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)  # it may take much room
+            raise
+        return entry
 
     def _go_on(self) -> None:
         if self._abandoned:

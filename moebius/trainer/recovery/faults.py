@@ -28,6 +28,7 @@ LOUD = 30.0
 Phase = Literal[
     "start",
     "load",
+    "read",
     "data",
     "forward",
     "backward",
