@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,8 @@ class Traffic:
     sent: dict[tuple[str, str], int] = field(default_factory=dict)
     """bytes: of a gather, a reduction or a reduce-scatter the size of its input; of an all-to-all
     or a message what leaves for other processes"""
+    waited: float = 0.0
+    """seconds in which the host waited for other processes"""
 
     def add(self, axis: str, operation: str, sent: int) -> None:
         """Count a call."""
@@ -31,9 +35,16 @@ class Traffic:
 
     def take(self) -> Traffic:
         """What was counted since the last time."""
-        taken = Traffic(self.calls, self.sent)
-        self.calls, self.sent = {}, {}
+        taken = Traffic(self.calls, self.sent, self.waited)
+        self.calls, self.sent, self.waited = {}, {}, 0.0
         return taken
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of the context as waiting."""
+        began = perf_counter()
+        yield
+        self.waited += perf_counter() - began
 
 
 class Group:
@@ -62,7 +73,8 @@ class Group:
         """The sum (or what `op` says) of everyone's, in place."""
         if self.size > 1:
             self._count("all_reduce", x)
-            dist.all_reduce(x, op, group=self.process_group)
+            with self.traffic.waiting():
+                dist.all_reduce(x, op, group=self.process_group)
         return x
 
     def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
@@ -72,7 +84,8 @@ class Group:
         self._count("all_gather", x)
         front = x.movedim(dim, 0).contiguous()
         gathered = front.new_empty(self.size * front.shape[0], *front.shape[1:])
-        _all_gather(gathered, front, group=self.process_group)
+        with self.traffic.waiting():
+            _all_gather(gathered, front, group=self.process_group)
         return gathered.movedim(0, dim)
 
     def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
@@ -82,7 +95,8 @@ class Group:
         self._count("reduce_scatter", x)
         front = x.movedim(dim, 0).contiguous()
         part = front.new_empty(front.shape[0] // self.size, *front.shape[1:])
-        _reduce_scatter(part, front, group=self.process_group)
+        with self.traffic.waiting():
+            _reduce_scatter(part, front, group=self.process_group)
         return part.movedim(0, dim)
 
     def all_to_all(
@@ -112,7 +126,8 @@ class Group:
             return sent
         self.traffic.add(self.axis, "counts", (self.size - 1) * sent.element_size())
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.process_group)
+        with self.traffic.waiting():
+            dist.all_to_all_single(received, sent, group=self.process_group)
         return received
 
     def _count(self, operation: str, x: Tensor) -> None:

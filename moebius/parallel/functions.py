@@ -58,8 +58,9 @@ class Exchange:
 
     def wait(self) -> None:
         """Until everything sent has arrived."""
-        for work in self.work:
-            work.wait()
+        with self.group.traffic.waiting():
+            for work in self.work:
+                work.wait()
         self.work.clear()
 
     def back(self) -> "Exchange":
@@ -141,5 +142,6 @@ class _Send(Function):
         back: Exchange = ctx.back
         out, work = back.group.all_to_all(grads[0], back.received, back.sent)
         if work is not None:
-            work.wait()
+            with back.group.traffic.waiting():
+                work.wait()
         return out, None

@@ -128,8 +128,9 @@ class Channel:
 
     def settle(self, key: Hashable) -> None:
         """Let go of a message that is known to have arrived, as its answer has."""
-        for work, _ in self.pending.pop(key, ()):
-            work.wait()
+        with self.group.traffic.waiting():
+            for work, _ in self.pending.pop(key, ()):
+                work.wait()
 
     def wait(self) -> None:
         """Until everything sent has left."""
@@ -138,7 +139,8 @@ class Channel:
 
     def _receive(self, buffer: Tensor, stage_rank: int) -> Tensor:
         process_group = self.incoming[stage_rank].process_group
-        dist.recv(buffer, self.group.ranks[stage_rank], process_group)
+        with self.group.traffic.waiting():
+            dist.recv(buffer, self.group.ranks[stage_rank], process_group)
         return buffer
 
 

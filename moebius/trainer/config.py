@@ -229,7 +229,16 @@ def vocabulary_rules(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-RUN_RULES = (batch_rules, schedule_rules, vocabulary_rules)
+def repeat_rules(config: RunConfig) -> Iterator[Problem]:
+    """DeepSpeed takes gradients away while they arise."""
+    interval = config.recovery.repeat_interval
+    if interval is not None and config.parallel.engine == "deepspeed":
+        yield Problem(
+            "recovery.repeat_interval", f"{interval} with parallel.engine=deepspeed; use native"
+        )
+
+
+RUN_RULES = (batch_rules, schedule_rules, vocabulary_rules, repeat_rules)
 
 
 def problems(config: RunConfig) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from moebius.trainer.callbacks.base import StepReport
 from moebius.trainer.optim import set_lr
+from moebius.trainer.recovery.repeat import compare_repeated, due
 from moebius.trainer.recovery.rewind import Rewind
 from moebius.trainer.run import Run
 from moebius.trainer.schedules import lr_ratio
@@ -55,6 +56,8 @@ def train_step(run: Run) -> StepReport:
     run.progress.mark("compute", run.step)
     micro_batches = [batch.to(run.device) for batch in taken]
     num_labels = size * config.data.sequence_length
+    if due(config.recovery.repeat_interval, run.step):
+        compare_repeated(run, micro_batches, num_labels)
     result = run.layout.accumulate_gradients(
         micro_batches, num_labels, run.step_context, run.teacher
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -110,6 +111,12 @@ class Run:
             callback.on_agreed(self, self.agreed)
 
     @property
+    def reports(self) -> bool:
+        """Whether numbers of the present step are reported."""
+        interval, last = self.config.log.interval, self.config.train.num_steps
+        return self.step in (1, last) or self.step % interval == 0
+
+    @property
     def step_context(self) -> StepContext:
         """How the coming step is to be trained."""
         config = self.config
@@ -153,7 +160,7 @@ class Run:
         self.saver.begin(self._record(), parts)
 
     def _record(self) -> CommitRecord:
-        evaluated = self.evaluated
+        step, loss = self.evaluated or (-1, 0.0)
         return CommitRecord(
             step=self.step,
             position=self.stream.position,
@@ -167,7 +174,7 @@ class Run:
             callbacks={c.name: state for c in self.callbacks if (state := c.state_dict())},
             teacher=self.teacher_weights,
             processes=world_size(),
-            evaluation=evaluated[1] if evaluated and evaluated[0] == self.step else None,
+            evaluation=loss if step == self.step and math.isfinite(loss) else None,
             files={},
         )
 

@@ -89,7 +89,8 @@ def damaged(source: Path, target: Path) -> Iterator[tuple[str, str]]:
                 shutil.copytree(source / "checkpoints", target / "checkpoints")
                 own, other = (target / "checkpoints" / step / path.name for step in STEPS[::-1])
                 damage(own, other, place)
-                yield path.name, kind
+                if not own.exists() or own.read_bytes() != path.read_bytes():
+                    yield path.name, kind
                 shutil.rmtree(target / "checkpoints")
 
 
@@ -145,7 +146,8 @@ def test_every_damage_to_every_file(run_tree: dict[str, Any], tmp_path: Path) ->
         "optimizer-00000.safetensors",
         "optimizer-00001.safetensors",
     }
-    assert len(first) == len(second) == len(files) * sum(len(p) for _, p in DAMAGE.values())
+    each = sum(len(places) for _, places in DAMAGE.values())
+    assert len(first) == len(second) == len(files) * each - 2
     for (name, kind, own), (_, _, other) in zip(first, second, strict=True):
         case = f"{kind} of {name}"
         if kind == "swap":  # with the older one, which is damaged, too

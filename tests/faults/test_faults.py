@@ -12,6 +12,7 @@ import pytest
 from moebius.data.audit import read_audit
 from moebius.trainer.checkpoint.loader import files_of, open_checkpoint, verify
 from moebius.trainer.checkpoint.storage import LocalStorage
+from moebius.trainer.recovery.goodput import read_accounts
 from tests.faults.restarts import attempt, until_done
 from tests.trainer.helpers import logged, write_config
 
@@ -68,8 +69,7 @@ def test_a_stopped_process_is_named_and_the_run_goes_on(
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     run_tree: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A disk of its own that has room for one checkpoint, but not for two: once it is full in the
-    middle of writing, and once before, which is noticed in time."""
+    """A disk of its own that has room for one checkpoint and a half, which is noticed before."""
     tree = tree_in(run_tree, tmp_path / "probe")
     until_done(words(tree, tmp_path), [(2, ())], tmp_path / "logs", 1)
     size = sum(
@@ -85,17 +85,6 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
         tree["checkpoint"] |= {"dir": str(disk / "checkpoints")}
         failed = attempt(words(tree, tmp_path), 2, 0, tmp_path / "full.log")
         assert_full(failed, disk, "bytes are needed in")
-        # Full only while it writes: what others write meanwhile is not foreseen.
-        filler = {"kind": "full_disk", "rank": 1, "phase": "write"}
-        tree["faults"], tree["run_dir"] = [filler], str(tmp_path / "meanwhile")
-        tree["checkpoint"] |= {"dir": str(tmp_path / "elsewhere"), "interval": 2}
-        tree["faults"] = [filler | {"step": 5}]
-        failed = attempt(words(tree, tmp_path), 2, 0, tmp_path / "meanwhile.log")
-        assert [code for code in failed.exit_codes] == [4, 4]
-        assert "cannot write" in failed.output
-        assert "No space left on device" in failed.output
-        storage = LocalStorage(tmp_path / "elsewhere")
-        assert storage.steps()[-1] < 6
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -110,6 +99,18 @@ def assert_full(failed: Any, disk: Path, said: str) -> None:
     (step,) = storage.steps()
     found = open_checkpoint(storage, step)
     verify(found, files_of(found.record, ("model", "optimizer")))
+
+
+def test_a_disk_that_fills_up_while_it_is_written_to(
+    run_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    full = {"kind": "full_disk", "rank": 1, "step": 8, "phase": "write"}
+    tree = tree_in(run_tree, tmp_path / "run", full)
+    failed = attempt(words(tree, tmp_path), 2, 0, tmp_path / "full.log")
+    assert_full(failed, tmp_path / "run", "No space left on device")
+    again = attempt(words(tree, tmp_path), 2, 1, tmp_path / "again.log")
+    assert again.succeeded
+    assert "continuing after step 4" in again.output
 
 
 NAN = {"kind": "nan", "rank": 1}
@@ -221,3 +222,44 @@ def test_stops_at_a_time_limit_and_by_a_file(run_tree: dict[str, Any], tmp_path:
     assert time.monotonic() > began
     steps = [line["step"] for line in logged(tmp_path / "run") if "train/loss" in line]
     assert steps == list(range(1, 17))
+
+
+def test_a_slow_process_and_one_that_computes_wrongly_are_named(
+    run_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """One flipped bit of a gradient of rank 1, and half a second more for each batch of rank 0."""
+    faults = [
+        {"kind": "flip", "rank": 1, "step": 4},
+        {"kind": "slow", "rank": 0, "phase": "optimizer", "seconds": 0.5, "times": 100},
+    ]
+    tree = tree_in(run_tree, tmp_path / "run", *faults) | {"recovery": {"repeat_interval": 2}}
+    until_done(words(tree, tmp_path), [(3, ())], tmp_path / "logs", 1)
+    told = events(tmp_path / "run")
+    ((_, text),) = [event for event in told if event[0] == "corruption"]
+    assert text.startswith("step 5: rank 1 computed other gradients")
+    slow = [text for kind, text in told if kind == "straggler"]
+    assert len(slow) > 10
+    assert all(text.startswith("rank 0 works ") for text in slow)
+
+
+def test_the_time_of_all_attempts_is_accounted_for(
+    run_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """Steps that a kill has undone are lost, and do not count twice."""
+    faults = [
+        {"kind": "slow", "rank": 0, "phase": "optimizer", "seconds": 0.2, "times": 1000},
+        {"kind": "kill", "rank": 1, "step": 7, "phase": "optimizer"},
+    ]
+    tree = tree_in(run_tree, tmp_path / "run", *faults)
+    until_done(words(tree, tmp_path), [(2, ())], tmp_path / "logs", 2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    shares = [line for line in lines if "goodput/steps" in line][-1]
+    shares = {name[8:]: value for name, value in shares.items() if name.startswith("goodput/")}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    attempts = read_accounts(tmp_path / "run" / "time.jsonl")
+    assert [attempt.accounts[0].step for attempt in attempts] == [0, 4]
+    total = attempts[-1].accounts[-2].at - attempts[0].began
+    assert shares["lost"] * total > 3 * 0.2, "steps 5 to 7"
+    assert shares["steps"] * total > 16 * 0.2
+    assert shares["down"] > 0
+    assert shares["evaluate"] > 0

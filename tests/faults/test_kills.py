@@ -44,7 +44,7 @@ def kills(count: int, processes: int, num_steps: int, seed: int) -> list[dict[st
 
 def tree_of(run_tree: dict[str, Any], num_steps: int) -> dict[str, Any]:
     return run_tree | {
-        "train": {"num_steps": num_steps, "batch_size": 12, "micro_batch_size": 1, "device": "cpu"},
+        "train": {"num_steps": num_steps, "batch_size": 12, "micro_batch_size": 3, "device": "cpu"},
         "optim": {"lr": 1e-3, "schedule": {"kind": "cosine", "warmup_steps": 2}},
         "evaluation": {"interval": INTERVAL, "num_batches": 1},
         "checkpoint": {"interval": INTERVAL, "keep": 2, "max_crashes": 1000},
@@ -102,7 +102,7 @@ def test_kills_leave_no_trace(
     count: int,
 ) -> None:
     """Bit for bit: every report, the weights, the optimizer's state, the samples."""
-    num_steps = 32
+    num_steps = 24
     faults = kills(count, processes, num_steps, seed=count)
     campaign(tree_of(run_tree, num_steps), tmp_path, [(processes, options)], faults)
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
@@ -125,7 +125,7 @@ LAYOUTS: list[tuple[int, Sequence[str]]] = [
 
 def test_kills_and_resumes_on_other_layouts(run_tree: dict[str, Any], tmp_path: Path) -> None:
     """Every attempt has another layout than the one before; numbers differ by rounding only."""
-    num_steps, count = 40, 30
+    num_steps, count = 32, 30
     faults = kills(count, 2, num_steps, seed=7)
     campaign(tree_of(run_tree, num_steps), tmp_path, LAYOUTS, faults)
     losses = [

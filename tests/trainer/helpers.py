@@ -20,6 +20,7 @@ from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.console import ConsoleCallback
 from moebius.trainer.callbacks.evaluation import EvaluationCallback
 from moebius.trainer.callbacks.events import EventLog
+from moebius.trainer.callbacks.goodput import GoodputCallback
 from moebius.trainer.callbacks.guard import GuardCallback
 from moebius.trainer.callbacks.metrics import MetricsCallback
 from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
@@ -61,6 +62,7 @@ def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
         callbacks += [
             ConsoleCallback(Console(file=open(os.devnull, "w"))),  # noqa: SIM115
             EventLog(),
+            GoodputCallback(),
             JsonlSink(),
             TensorBoardSink(),
             RoutingRecorder(),
@@ -84,7 +86,7 @@ def saved_state(run: Run) -> dict[str, Tensor]:
 def logged(folder: str | Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock or the layout."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    other = ("speed/", "communication/")
+    other = ("speed/", "communication/", "goodput/")
     return [
         {k: v for k, v in json.loads(line).items() if not k.startswith(other)} for line in lines
     ]

@@ -6,7 +6,7 @@ import resource
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +260,7 @@ def test_another_json_is_no_index(text: str) -> None:
         read_index(text.encode())
 
 
-def test_elements_that_no_file_has_are_counted(tmp_path: Path) -> None:
+def test_elements_that_no_file_has_are_counted() -> None:
     index = {"model/a": Entry((4, 4), "F32", (Stored("f", Box((0, 0), (4, 3))),))}
     with pytest.raises(CheckpointError, match="4 elements of model/a are in no file"):
         list(reads(index, parts_of({"model/a": torch.zeros(4, 4)})))
@@ -737,9 +737,10 @@ def index_of(model: nn.Module, tmp_path: Path) -> dict[str, Entry]:
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     small, large = build(depth={"num_layers": 2}).decoder, build(depth={"num_layers": 3}).decoder
     of_small = index_of(small, tmp_path)
-    check: Callable[[dict[str, Entry], nn.Module], None] = lambda index, model: check_index(  # noqa: E731
-        index, model_shapes(model), ("model",)
-    )
+
+    def check(index: dict[str, Entry], model: nn.Module) -> None:
+        check_index(index, model_shapes(model), ("model",))
+
     check(of_small, small)
     with pytest.raises(CheckpointError, match=r"layers\.2\..* is not in the checkpoint"):
         check(of_small, large)

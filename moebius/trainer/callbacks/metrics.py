@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from moebius.model.cost import planned_work, training_flops
 from moebius.parallel.comm import Traffic
+from moebius.parallel.together import gathered
 from moebius.trainer.callbacks.base import Callback, StepReport
 from moebius.trainer.machine import AUTOCAST, matmul_flops_per_second
 from moebius.trainer.metrics import executed_rows, ffn_flops_per_token, routing_metrics
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
+
+LEAST_SECONDS = 0.01
+"""a step of less is not worth a report"""
 
 
 class MetricsCallback(Callback):
@@ -44,9 +50,8 @@ class MetricsCallback(Callback):
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """Stop the clock, after the device caught up if this step is to be reported."""
         config = run.config
-        due = run.step == 1 or run.step % config.log.interval == 0
         metrics = {}
-        if due or run.step == config.train.num_steps:
+        if run.reports:
             metrics = {
                 **{f"train/{name}": float(loss) for name, loss in report.losses.items()},
                 "train/grad_norm": float(report.grad_norm),
@@ -57,7 +62,9 @@ class MetricsCallback(Callback):
         self.steps += 1
         if metrics:
             routing = routing_metrics(run.blueprint, report.ledger)
-            traffic = communication(run.layout.mesh.traffic.take(), self.steps)
+            taken = run.layout.mesh.traffic.take()
+            traffic = communication(taken, self.steps)
+            self._compare(run, max(self.seconds - taken.waited, 0.0) / self.steps)
             speed = self._speed(run, report)
             run.publish(metrics | routing | traffic | speed | mixture_metrics(run))
             self.seconds, self.steps, run.stream.waited = 0.0, 0, 0.0
@@ -83,10 +90,31 @@ class MetricsCallback(Callback):
             "speed/mfu_nominal": nominal * steps_per_second / peak,
         }
 
+    def _compare(self, run: Run, busy: float) -> None:
+        """Tell of processes that work longer than the others; a collective call.
+
+        The time of a step is the same for all: who is fast waits. What FSDP2 and DeepSpeed wait for
+        by themselves, and a device for others, is not known and counts as work.
+        """
+        seconds = gathered(busy)
+        for number in stragglers(seconds, run.config.recovery.straggler_ratio):
+            ratio = seconds[number] / statistics.median(seconds)
+            run.tell(
+                "straggler",
+                f"rank {number} works {seconds[number]:.3g} s per step, {ratio:.1f} times the "
+                "median of all",
+            )
+
     def _measure(self, run: Run, seconds: float) -> None:
         """Keep the best rate seen: measured once, another process could halve it for good."""
         dtype = AUTOCAST[run.config.train.precision] or torch.float32
         self.peak = max(self.peak, matmul_flops_per_second(run.device, dtype, seconds))
+
+
+def stragglers(seconds: Sequence[float], ratio: float) -> list[int]:
+    """Ranks whose time is so many times the median; those that nobody would notice are none."""
+    limit = max(ratio * statistics.median(seconds), LEAST_SECONDS)
+    return [number for number, value in enumerate(seconds) if value > limit]
 
 
 def mixture_metrics(run: Run) -> dict[str, float]:

@@ -25,6 +25,7 @@ from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.console import ConsoleCallback
 from moebius.trainer.callbacks.evaluation import EvaluationCallback
 from moebius.trainer.callbacks.events import EventLog
+from moebius.trainer.callbacks.goodput import GoodputCallback
 from moebius.trainer.callbacks.guard import GuardCallback
 from moebius.trainer.callbacks.interrupt import InterruptCallback, reason
 from moebius.trainer.callbacks.metrics import MetricsCallback
@@ -125,6 +126,7 @@ def _train(
         callbacks += [
             ConsoleCallback(console),
             EventLog(),
+            GoodputCallback(),
             JsonlSink(),
             TensorBoardSink(),
             RoutingRecorder(),

@@ -44,9 +44,11 @@ Phase = Literal[
 class Fault(ConfigNode):
     """Something bad that happens to a process at some point of the training."""
 
-    kind: Literal["kill", "stop", "exception", "nan", "spike", "slow", "full_disk", "corrupt"]
-    """kill: SIGKILL; stop: SIGSTOP; nan: a gradient; spike: the loss; slow: sleep; corrupt: a byte
-    of the newest checkpoint"""
+    kind: Literal[
+        "kill", "stop", "exception", "nan", "spike", "flip", "slow", "full_disk", "corrupt"
+    ]
+    """kill: SIGKILL; stop: SIGSTOP; nan: a gradient; spike: the loss; flip: one bit of a gradient;
+    slow: sleep; corrupt: a byte of the newest checkpoint"""
     rank: NonNegativeInt = 0
     step: NonNegativeInt | None = None
     """steps done before it; null: any"""
@@ -84,7 +86,7 @@ class FaultInjector:
                 module.register_forward_pre_hook(self._before_forward)
         if "spike" in kinds:
             run.decoder.norm.register_forward_hook(self._after_norm)
-        if "backward" in phases or "nan" in kinds:
+        if "backward" in phases or kinds & {"nan", "flip"}:
             parameter = next(p for p in run.decoder.parameters() if p.requires_grad and p.numel())
             parameter.register_hook(self._gradient)
 
@@ -98,6 +100,10 @@ class FaultInjector:
 
     def _gradient(self, gradient: Tensor) -> Tensor:
         self._reached("step", "backward")
+        for number, fault in self.faults.items():
+            if fault.kind == "flip" and self._matches(fault) and self._first(number, fault):
+                gradient = gradient.clone()
+                gradient.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
         return gradient * float("nan") if self._due("nan") else gradient
 
     def _due(self, kind: str) -> bool:
@@ -117,7 +123,11 @@ class FaultInjector:
     def _reached(self, section: str, phase: str) -> None:
         here = phase if phase in get_args(Phase) else section
         for number, fault in self.faults.items():
-            if fault.kind in ("nan", "spike") or fault.phase != here or not self._matches(fault):
+            if (
+                fault.kind in ("nan", "spike", "flip")
+                or fault.phase != here
+                or not self._matches(fault)
+            ):
                 continue
             if self._first(number, fault):
                 self._happen(fault)
