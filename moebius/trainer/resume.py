@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moebius.errors import CheckpointError
-from moebius.parallel.part import Parts
 from moebius.parallel.together import from_first, together
 from moebius.parallel.world import agree, is_main, world_size
 from moebius.trainer.checkpoint.loader import Checkpoint, Refused, fill, newest_sound
@@ -72,23 +71,12 @@ def load(
             f"no checkpoint is left; {refused[-1][1]}",
             "find out why, then delete starts.json in run_dir, or choose another run_dir",
         )
-    parts: Parts | None = None
-    while True:
-        checkpoint, passed = newest_sound(run.storage, steps)
-        refused = refused + passed
-        if checkpoint is None:
-            return None
-        found = check(run, checkpoint, allow_changes)
-        parts = run.layout.parts() if parts is None else parts
-        try:
-            _take(run, checkpoint, parts)
-            break
-        except CheckpointError as error:  # it was damaged after it was verified
-            refused.append((checkpoint.record.step, str(error)))
-            steps = [step for step in steps if step < checkpoint.record.step]
-            if not steps:
-                raise
-    for step, reason in refused:
+    checkpoint, passed = newest_sound(run.storage, steps)
+    if checkpoint is None:
+        return None
+    found = check(run, checkpoint, allow_changes)
+    _take(run, checkpoint)
+    for step, reason in [*refused, *passed]:
         if step > run.step:
             if is_main():
                 run.storage.set_aside(step)
@@ -96,9 +84,9 @@ def load(
     return found
 
 
-def _take(run: Run, checkpoint: Checkpoint, parts: Parts) -> None:
+def _take(run: Run, checkpoint: Checkpoint) -> None:
     """Take up all that a checkpoint holds; a collective call."""
-    record = checkpoint.record
+    record, parts = checkpoint.record, run.layout.parts()
     together(lambda: fill(checkpoint, parts, lambda: run.progress.mark("read")), CheckpointError)
     run.layout.engine.take_over()
     run.step = record.step

@@ -20,6 +20,7 @@ from moebius.trainer.checkpoint.storage import (
     LocalStorage,
     RemoteStorage,
     Storage,
+    UnreachableError,
     folder_name,
     open_storage,
 )
@@ -467,9 +468,9 @@ def test_a_store_that_does_not_answer_is_one_line(
             with pytest.raises(CheckpointError, match=location) as error:
                 action()
             assert_one_line(error.value)
-        with pytest.raises(OSError, match=location):
+        with pytest.raises(UnreachableError, match=location):
             storage.text(1, RECORD_NAME)
-        with pytest.raises(OSError, match=location):
+        with pytest.raises(UnreachableError, match=location):
             storage.digest(1, RECORD_NAME)
         assert storage.written(1) is None
     S3FileSystem.clear_instance_cache()

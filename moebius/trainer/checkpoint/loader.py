@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from moebius.errors import CheckpointError
 from moebius.parallel.part import Parts
-from moebius.parallel.together import from_first, gathered
+from moebius.parallel.together import from_first, gathered, together
 from moebius.parallel.world import rank, world_size
 from moebius.trainer.checkpoint.commit import INDEX_NAME, RECORD_NAME, CommitRecord
 from moebius.trainer.checkpoint.plan import KINDS, Index, Read, read_index, reads
-from moebius.trainer.checkpoint.storage import Storage
+from moebius.trainer.checkpoint.storage import Storage, UnreachableError
 
 Refused = list[tuple[int, str]]
 """steps of checkpoints that were passed over, and why"""
@@ -94,11 +95,12 @@ def newest_sound(storage: Storage, steps: Sequence[int]) -> tuple[Checkpoint | N
     """The newest sound checkpoint of some steps, and those that were passed over; None where there
     are no steps. A collective call, in which each process verifies some of the files.
 
-    Raises CheckpointError where there are checkpoints, and none is sound.
+    Raises CheckpointError where there are checkpoints and none is sound, and UnreachableError where
+    that cannot be told.
     """
     refused: Refused = []
     for step in sorted(from_first(list(steps)), reverse=True):
-        found, reason = _verified(storage, step)
+        found, reason = together(partial(_verified, storage, step), UnreachableError)
         reasons = [text for text in gathered(reason) if text]
         if found is not None and not reasons:
             return found, refused
@@ -116,6 +118,8 @@ def _verified(storage: Storage, step: int) -> tuple[Checkpoint | None, str]:
     try:
         found = open_checkpoint(storage, step)
         verify(found, files_of(found.record, KINDS)[rank() :: world_size()])
+    except UnreachableError:
+        raise
     except CheckpointError as error:
         return None, str(error)
     return found, ""

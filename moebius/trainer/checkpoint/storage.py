@@ -26,6 +26,10 @@ UNFINISHED = re.compile(r"step-\d{8,}\.tmp")
 DAMAGED = ".damaged"
 
 
+class UnreachableError(CheckpointError):
+    """Nothing is known about a checkpoint: that it cannot be read now is no damage to it."""
+
+
 class Storage(Protocol):
     """Files of checkpoints, each of which is either whole or not there."""
 
@@ -311,8 +315,13 @@ class RemoteStorage:
     def _reading(self, step: int, file: str) -> Iterator[None]:
         try:
             yield
+        except FileNotFoundError:
+            raise
         except Exception as error:  # every filesystem has its own
-            raise OSError(f"cannot read '{self.name(step)}/{file}': {_reason(error)}") from error
+            raise UnreachableError(
+                f"checkpoint: cannot read '{self.name(step)}/{file}': {_reason(error)}",
+                "try again when it can be reached; nothing was changed",
+            ) from error
 
     def set_aside(self, step: int) -> None:
         """See `Storage`."""
