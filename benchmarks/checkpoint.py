@@ -2,13 +2,13 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/checkpoint.py
 
-Writes benchmarks/results/checkpoint-<machine>.json: seconds of optimizer steps while a checkpoint of
-the same model and optimizer is written and while none is, in turn; bytes/s from the beginning of a
-save to its commit, and of `cp` of as many bytes to the same disk and to sync; the host memory that a
-save takes beside its budget. Takes about six minutes and 3 GB of disk.
+Writes benchmarks/results/checkpoint-<machine>.json: seconds of steps while a checkpoint of the same model and optimizer is written and while none is, in turn; bytes/s from the beginning of
+a save to its commit, and of `cp` of as many bytes to the same disk and to sync; the host memory that
+a save takes beside its budget. Takes about three minutes and 3 GB of disk.
 """
 
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,14 +41,14 @@ from moebius.trainer.config import CheckpointConfig
 from moebius.trainer.config_file import load_config
 from moebius.trainer.optim import OptimConfig, build_optimizer
 
-PAIRS = 8
-ROWS, LENGTH = 16, 256
+PAIRS = 7
+ROWS, LENGTH = 4, 256
 
 
 def build() -> tuple[Layout, TokenBatch]:
     """The quickstart model, wider, and a batch on which it trains."""
     tree = load_config(ROOT / "configs" / "quickstart.yaml").model.model_dump()
-    tree |= {"hidden_size": 512, "vocab_size": 16384}
+    tree |= {"hidden_size": 768, "vocab_size": 16384}
     decoder = Decoder(ModelConfig.model_validate(tree))
     initialize(decoder, 0)
     optim = partial(build_optimizer, config=OptimConfig())
@@ -98,32 +99,35 @@ def peak() -> Iterator[Callable[[], int]]:
 
 
 def beside_training(layout: Layout, batch: TokenBatch, folder: Path) -> dict[str, Any]:
-    """Steps with and without a save, one after the other."""
+    """Steps all of which a save is written beside, and as many without, in turn."""
     saver = Saver(LocalStorage(folder), CheckpointConfig(keep=1), lambda phase: None)
+    saver.begin(record(0), layout.parts())  # allocates what the others use again
+    saver.settle()
     train_step(layout, batch)
-    stalls, during, without, whole = [], [], [], []
-    for number in range(PAIRS):
+    stalls, during, without, both = [], [], [], []
+    for number in range(1, PAIRS + 1):
         began = time.perf_counter()
         saver.begin(record(number), layout.parts())
-        stall = time.perf_counter() - began
-        seconds = train_step(layout, batch)
-        still = saver.writing
+        stalls.append(time.perf_counter() - began)
+        beside = []
+        while saver.writing:
+            seconds = train_step(layout, batch)
+            if saver.writing or not beside:
+                beside.append(seconds)
         saver.settle()
-        if number:  # the first one allocates what the others use again
-            stalls.append(stall)
-            during.append(seconds)
-            whole.append(stall + seconds)
-            without.append(train_step(layout, batch))
-        print(f"{number}: stall {stall:.3f} s, step {seconds:.3f} s, still writing: {still}")
-    ratios = [a / b for a, b in zip(during, without, strict=True)]
-    with_stall = [a / b for a, b in zip(whole, without, strict=True)]
+        alone = [train_step(layout, batch) for _ in beside]
+        during.append(statistics.mean(beside))
+        without.append(statistics.mean(alone))
+        both.append((stalls[-1] + sum(beside)) / sum(alone))
     return {
-        "pairs": PAIRS - 1,
+        "pairs": PAIRS,
         "seconds_of_a_step": statistics.median(without),
         "stall_seconds": statistics.median(stalls),
-        "step_while_writing_over_step": statistics.median(ratios),
-        "step_and_stall_over_step": statistics.median(with_stall),
-        "all_ratios_with_stall": with_stall,
+        "step_while_writing_over_step": statistics.median(
+            a / b for a, b in zip(during, without, strict=True)
+        ),
+        "stall_and_steps_while_writing_over_steps": statistics.median(both),
+        "all_ratios_with_stall": both,
     }
 
 
@@ -155,8 +159,15 @@ def speed(layout: Layout, folder: Path) -> dict[str, float]:
     }
 
 
-def memory(layout: Layout, folder: Path, gigabytes: float | None) -> dict[str, Any]:
-    """How much memory a first save takes beside its budget."""
+def memory(folder: Path, gigabytes: float | None) -> dict[str, Any]:
+    """How much memory a first save takes beside its budget, in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(save_within, folder, gigabytes).result()
+
+
+def save_within(folder: Path, gigabytes: float | None) -> dict[str, Any]:
+    """See `memory`."""
+    layout, _ = build()
     config = CheckpointConfig(keep=1, host_gigabytes=gigabytes)
     saver = Saver(LocalStorage(folder / f"memory-{gigabytes}"), config, lambda phase: None)
     parts = layout.parts()
@@ -179,7 +190,7 @@ def main() -> None:
             **machine(),
             "state_bytes": size,
             "memory": [
-                memory(layout, folder, part if part is None else round(part * size / 1e9, 3))
+                memory(folder, part if part is None else round(part * size / 1e9, 3))
                 for part in (0.0, 1 / 3, None)
             ],
             "speed": speed(layout, folder),
