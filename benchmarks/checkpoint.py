@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/checkpoint.py
 
-Writes benchmarks/results/checkpoint-<machine>.json: seconds of steps while a checkpoint of the same model and optimizer is written and while none is, in turn; bytes/s from the beginning of
-a save to its commit, and of `cp` of as many bytes to the same disk and to sync; the host memory that
-a save takes beside its budget. Takes about three minutes and 3 GB of disk.
+Writes benchmarks/results/checkpoint-<machine>.json: seconds of optimizer steps beside which a
+checkpoint of the same model and optimizer is written, and of as many without; bytes/s from the
+beginning of a save to its commit, and of `cp` of as many bytes to the same disk and to sync; the
+host memory that a save takes beside its budget. Takes about two minutes and 3 GB of disk.
 """
 
 import json

@@ -31,8 +31,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BLOCK = 8 << 20
-"""bytes that are written at a time"""
+BLOCK = 1 << 20
+"""bytes that are written or read at a time"""
 
 
 @dataclass(frozen=True)

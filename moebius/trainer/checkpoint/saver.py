@@ -11,6 +11,7 @@ from moebius.parallel.part import Parts
 from moebius.parallel.together import from_first, gathered, together
 from moebius.parallel.world import is_main, rank
 from moebius.trainer.checkpoint.commit import INDEX_NAME, RECORD_NAME, CommitRecord, FileEntry
+from moebius.trainer.checkpoint.files import BLOCK
 from moebius.trainer.checkpoint.plan import (
     Index,
     file_name,
@@ -40,8 +41,9 @@ class Saver:
     ) -> None:
         self.storage = storage
         self.config = config
-        gigabytes = config.host_gigabytes
-        self.staging = Staging(None if gigabytes is None else round(gigabytes * 1e9))
+        budget = config.host_gigabytes
+        # A block that is written and one that is read back need memory, too.
+        self.staging = Staging(None if budget is None else round(budget * 1e9) - 2 * BLOCK)
         self.phase = phase
         self._index: Index | None = None
         self._pending: tuple[CommitRecord, Index, Writer] | None = None

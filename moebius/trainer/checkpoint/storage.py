@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from moebius.errors import CheckpointError
 from moebius.files import sync, write_whole
 from moebius.trainer.checkpoint.commit import RECORD_NAME
-from moebius.trainer.checkpoint.files import writing
+from moebius.trainer.checkpoint.files import BLOCK, writing
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 UNFINISHED = re.compile(r"step-\d{8,}\.tmp")
@@ -100,7 +100,7 @@ def _reason(error: Exception) -> str:
 def _sha256(file: Any) -> tuple[int, str]:
     digest = hashlib.sha256()
     size = 0
-    while block := file.read(8 << 20):
+    while block := file.read(BLOCK):
         digest.update(block)
         size += len(block)
     return size, digest.hexdigest()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moebius.errors import CheckpointError, MoebiusError
 from moebius.trainer.checkpoint.commit import FileEntry
-from moebius.trainer.checkpoint.files import Item, write_tensors, writing
+from moebius.trainer.checkpoint.files import BLOCK, Item, write_tensors, writing
 from moebius.trainer.checkpoint.storage import Storage
 
 
@@ -175,7 +175,7 @@ def check(path: Path, entry: FileEntry, went_on: Callable[[], None]) -> None:
     with path.open("rb") as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while block := file.read(8 << 20):
+        while block := file.read(BLOCK):
             digest.update(block)
             went_on()
     if digest.hexdigest() != entry.sha256:
