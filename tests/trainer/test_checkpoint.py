@@ -25,7 +25,7 @@ from moebius.parallel.layout import Layout
 from moebius.parallel.part import Box
 from moebius.parallel.world import rank, world_size
 from moebius.trainer.checkpoint.commit import INDEX_NAME, RECORD_NAME, CommitRecord, FileEntry
-from moebius.trainer.checkpoint.files import DTYPES
+from moebius.trainer.checkpoint.files import BLOCK, DTYPES
 from moebius.trainer.checkpoint.loader import fill, newest_sound, open_checkpoint, verify
 from moebius.trainer.checkpoint.plan import (
     KINDS,
@@ -295,7 +295,7 @@ def test_only_what_the_budget_allows_is_copied_and_later_changes_are_not_saved(
     total = 6 * 10_000
     storage = local(tmp_path)
     saver = saver_of(
-        storage, host_gigabytes=None if thirds is None else (total * thirds / 3 + 100) / 1e9
+        storage, host_gigabytes=None if thirds is None else (total * thirds / 3 + 100 + 2 * BLOCK) / 1e9
     )
     addresses = []
     for step in (1, 2):
