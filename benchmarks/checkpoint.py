@@ -101,7 +101,7 @@ def peak() -> Iterator[Callable[[], int]]:
 
 def beside_training(layout: Layout, batch: TokenBatch, folder: Path) -> dict[str, Any]:
     """Steps all of which a save is written beside, and as many without, in turn."""
-    saver = Saver(LocalStorage(folder), CheckpointConfig(keep=1), lambda phase: None)
+    saver = Saver(LocalStorage(folder), CheckpointConfig(keep=1))
     saver.begin(record(0), layout.parts())  # allocates what the others use again
     saver.settle()
     train_step(layout, batch)
@@ -134,7 +134,7 @@ def beside_training(layout: Layout, batch: TokenBatch, folder: Path) -> dict[str
 
 def speed(layout: Layout, folder: Path) -> dict[str, float]:
     """Bytes/s of a save alone and of `cp` and `sync`, in turn."""
-    saver = Saver(LocalStorage(folder / "save"), CheckpointConfig(keep=1), lambda phase: None)
+    saver = Saver(LocalStorage(folder / "save"), CheckpointConfig(keep=1))
     ratios, ours, theirs, size = [], [], [], 0
     for number in range(5):
         began = time.perf_counter()
@@ -170,7 +170,7 @@ def save_within(folder: Path, gigabytes: float | None) -> dict[str, Any]:
     """See `memory`."""
     layout, _ = build()
     config = CheckpointConfig(keep=1, host_gigabytes=gigabytes)
-    saver = Saver(LocalStorage(folder / f"memory-{gigabytes}"), config, lambda phase: None)
+    saver = Saver(LocalStorage(folder / f"memory-{gigabytes}"), config)
     parts = layout.parts()
     began = time.perf_counter()
     with peak() as rise:

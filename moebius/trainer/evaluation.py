@@ -1,7 +1,7 @@
 """Loss on held-out text."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -26,16 +26,17 @@ def evaluate_corpora(
     device: torch.device,
     step: int,
     seed: int,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """What `evaluate` finds on the beginning of the held-out text of each corpus.
 
     Of a mixture there are `eval/<corpus>/loss` etc. too; `eval/loss` etc. are their means by the
-    `weights`, which add to 1.
+    `weights`, which add to 1. `alive` is called before each batch.
     """
     metrics: dict[str, float] = {}
     for name, reader in readers.items():
         batches = validation_batches(reader, batch_size, num_batches)
-        found = evaluate(executor, batches, token_bytes_V, device, step, seed)
+        found = evaluate(executor, batches, token_bytes_V, device, step, seed, alive)
         if len(readers) == 1:
             return found
         for key, value in found.items():
@@ -51,6 +52,7 @@ def evaluate(
     device: torch.device,
     step: int,
     seed: int,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean cross-entropy in nats per token, and in bits per byte of the text that was predicted.
 
@@ -70,6 +72,7 @@ def evaluate(
     sums: dict[str, float] = {}
     num_tokens = num_bytes = 0
     for batch in batches:
+        alive()
         on_device = batch.to(device)
         num_tokens += batch.num_tokens
         num_bytes += int(token_bytes_V[batch.labels_BS].sum())

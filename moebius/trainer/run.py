@@ -83,7 +83,7 @@ class Run:
             config.data, corpora, config.train.batch_size, config.train.seed, quarantined or {}
         )
         self.storage = open_storage(config.checkpoint.dir or str(self.folder / "checkpoints"))
-        self.saver = Saver(self.storage, config.checkpoint, self._announce)
+        self.saver = Saver(self.storage, config.checkpoint, self._announce, self.progress.mark)
         self.callbacks = sorted(callbacks, key=lambda callback: callback.priority)
         self.replay = replay_tables(config.model, self.device)
         self.teacher, self.teacher_weights = load_teacher(config, corpora)

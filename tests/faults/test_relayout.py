@@ -65,7 +65,7 @@ def save(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     for number in range(2):
         step(layout, number)
     storage = LocalStorage(folder)
-    saver = Saver(storage, CheckpointConfig(), lambda phase: None)
+    saver = Saver(storage, CheckpointConfig())
     record = CommitRecord(
         step=2, position=0, tokens=0, corpus="", config={}, program=[], callbacks={}, files={}
     )

@@ -99,7 +99,7 @@ def assert_holds(storage: Storage, step: int, tensors: Tensors) -> None:
 
 
 def saver_of(storage: Storage, **config: object) -> Saver:
-    return Saver(storage, CheckpointConfig.model_validate(config), lambda phase: None)
+    return Saver(storage, CheckpointConfig.model_validate(config))
 
 
 def save(storage: Storage, step: int, tensors: Tensors, **config: object) -> None:
@@ -125,7 +125,7 @@ def save_shares(
         monkeypatch.setenv("RANK", str(rank))
         items = sources(index, parts)
         writer = Writer(storage, step, items, Staging(max_staged), lambda phase: None)
-        writer.wait()
+        writer.wait(60)
         assert writer.error is None
         files |= writer.entries
     monkeypatch.delenv("WORLD_SIZE")

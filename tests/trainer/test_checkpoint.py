@@ -295,7 +295,8 @@ def test_only_what_the_budget_allows_is_copied_and_later_changes_are_not_saved(
     total = 6 * 10_000
     storage = local(tmp_path)
     saver = saver_of(
-        storage, host_gigabytes=None if thirds is None else (total * thirds / 3 + 100 + 2 * BLOCK) / 1e9
+        storage,
+        host_gigabytes=None if thirds is None else (total * thirds / 3 + 100 + 2 * BLOCK) / 1e9,
     )
     addresses = []
     for step in (1, 2):

@@ -42,6 +42,7 @@ class EvaluationCallback(Callback):
                 run.device,
                 run.step,
                 config.train.seed,
+                run.progress.mark,
             )
         run.evaluated = (run.step, metrics["eval/loss"])
         run.publish(metrics)

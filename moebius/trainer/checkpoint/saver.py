@@ -9,7 +9,7 @@ from itertools import chain
 from moebius.errors import CheckpointError
 from moebius.parallel.part import Parts
 from moebius.parallel.together import from_first, gathered, together
-from moebius.parallel.world import is_main, rank
+from moebius.parallel.world import agree, is_main, rank
 from moebius.trainer.checkpoint.commit import INDEX_NAME, RECORD_NAME, CommitRecord, FileEntry
 from moebius.trainer.checkpoint.files import BLOCK
 from moebius.trainer.checkpoint.plan import (
@@ -26,6 +26,8 @@ from moebius.trainer.checkpoint.storage import Storage
 from moebius.trainer.checkpoint.writer import Source, Staging, Writer
 from moebius.trainer.config import CheckpointConfig
 
+WAIT_SECONDS = 0.05
+
 
 class Saver:
     """Writes checkpoints while the training goes on. All methods but `abandon` and `writing` are
@@ -33,11 +35,15 @@ class Saver:
 
     `begin` returns when the model may change again. `settle` waits until all have written and makes
     that a checkpoint; nobody waits once no process is `writing` any more. `phase` is told what is
-    being done.
+    being done, and `alive` called while others are waited for.
     """
 
     def __init__(
-        self, storage: Storage, config: CheckpointConfig, phase: Callable[[str], None]
+        self,
+        storage: Storage,
+        config: CheckpointConfig,
+        phase: Callable[[str], None] = lambda phase: None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.storage = storage
         self.config = config
@@ -45,6 +51,7 @@ class Saver:
         # A block that is written and one that is read back need memory, too.
         self.staging = Staging(None if budget is None else round(budget * 1e9) - 2 * BLOCK)
         self.phase = phase
+        self.alive = alive
         self._index: Index | None = None
         self._pending: tuple[CommitRecord, Index, Writer] | None = None
 
@@ -74,7 +81,7 @@ class Saver:
         together(lambda: self._make_room(record.step, total_bytes(index)), CheckpointError)
         writer = Writer(self.storage, record.step, sources(index, parts), self.staging, self.phase)
         self._pending = (record, index, writer)
-        writer.wait_staged()
+        self._wait(writer, lambda: not writer.released)
 
     def _make_room(self, step: int, needed: int) -> None:
         if not is_main():
@@ -93,8 +100,9 @@ class Saver:
         them could not write."""
         if self._pending is None:
             return
-        (record, index, writer), self._pending = self._pending, None
-        writer.wait()
+        record, index, writer = self._pending
+        self._wait(writer, lambda: writer.running)
+        self._pending = None
         found: list[tuple[dict[str, FileEntry], str | None]] = gathered(
             (writer.entries, writer.error)
         )
@@ -124,6 +132,16 @@ class Saver:
         for step in gone:
             self.storage.remove(step)
         return gone
+
+    def _wait(self, writer: Writer, busy: Callable[[], bool]) -> None:
+        """Wait for the writers of all processes: together, for no collective waits long enough."""
+        blocks = -1
+        while agree(int(busy())):
+            # Who waits for others is alive; so is who gets on.
+            if not busy() or writer.blocks != blocks:
+                self.alive()
+            blocks = writer.blocks
+            writer.wait(WAIT_SECONDS)
 
     def abandon(self) -> None:
         """Give a pending save up."""

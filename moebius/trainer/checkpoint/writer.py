@@ -19,6 +19,8 @@ from moebius.trainer.checkpoint.commit import FileEntry
 from moebius.trainer.checkpoint.files import BLOCK, Item, write_tensors, writing
 from moebius.trainer.checkpoint.storage import Storage
 
+ABANDON_SECONDS = 10.0
+
 
 class AbandonedError(Exception):
     """The run ends; an unfinished checkpoint is of no use."""
@@ -75,7 +77,7 @@ class Staging:
 class Writer:
     """Writes sources in their order; those that were not staged come first.
 
-    `wait_staged` returns once the model may be changed again. `phase` is told what is being done.
+    Once it has `released` the model may be changed again. `phase` is told what is being done.
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class Writer:
         self.entries: dict[str, FileEntry] = {}
         self.error: str | None = None
         """why it failed"""
+        self.blocks = 0
+        """written or read back so far: it is alive"""
         self._released = Event()
         self._abandoned = False
         phase("stage")
@@ -112,18 +116,19 @@ class Writer:
         """Whether files are still being written."""
         return self._thread.is_alive()
 
-    def wait_staged(self) -> None:
-        """Until what could not be staged is written."""
-        self._released.wait()
+    @property
+    def released(self) -> bool:
+        """Whether what could not be staged is written."""
+        return self._released.is_set()
 
-    def wait(self) -> None:
-        """Until all is written, or failed."""
-        self._thread.join()
+    def wait(self, seconds: float) -> None:
+        """Until all is written, or failed, but not longer."""
+        self._thread.join(seconds)
 
     def abandon(self) -> None:
-        """Stop writing."""
+        """Stop writing; a disk that hangs is not waited for."""
         self._abandoned = True
-        self._thread.join()
+        self._thread.join(ABANDON_SECONDS)
 
     def _staged(self, copy: Tensor) -> Tensor:
         self._released.set()  # all that was not staged has been written before
@@ -158,6 +163,7 @@ class Writer:
         return entry
 
     def _go_on(self) -> None:
+        self.blocks += 1
         if self._abandoned:
             raise AbandonedError
 

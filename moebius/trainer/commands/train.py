@@ -109,12 +109,13 @@ def _train(
     if not arguments.allow_changes:
         check_folder(config)
     say = partial(_print, console)
-    with workshop(console) as tools:
+    with progress.section("prepare"), workshop(console) as tools:
         corpora = main_first(lambda: prepare(config.data, config.model.vocab_size, tools), store)
     check_alike("corpus", {"data": corpora.fingerprint}, store)
     quarantined = {}
     if config.data.bad_shards == "quarantine":
-        quarantined = from_main("quarantine", lambda: find_bad_shards(corpora, say), store)
+        with progress.section("prepare"):
+            quarantined = from_main("quarantine", lambda: find_bad_shards(corpora, say), store)
     callbacks = [
         InterruptCallback(),
         GuardCallback(config.recovery),

@@ -10,7 +10,7 @@ from pydantic import Field
 from moebius.config import ConfigNode
 from moebius.trainer.watch.board import NO_STEP, Board
 
-Section = Literal["start", "load", "data", "step", "evaluate", "save"]
+Section = Literal["start", "prepare", "load", "data", "step", "evaluate", "save"]
 
 
 class WatchdogConfig(ConfigNode):
@@ -33,7 +33,12 @@ class WatchdogConfig(ConfigNode):
     """seconds without a sign of life while a checkpoint is written"""
 
     def allowed(self, section: Section) -> float:
-        """Seconds that may pass between two marks in a section; 0: any number."""
+        """Seconds that may pass between two marks in a section; 0: any number.
+
+        To prepare a corpus may take days, for which the others wait.
+        """
+        if section == "prepare":
+            return 0.0
         seconds: float = getattr(self, section)
         return seconds if self.enabled else 0.0
 
