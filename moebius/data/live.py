@@ -156,7 +156,8 @@ class LiveStream(Stream):
                     "bring the old text back, or choose another run_dir",
                 )
             self._expected = None
-            self._blocks[self._next] = (mark, tokens)
+            if self._next >= min(number, self.position // self.block):
+                self._blocks[self._next] = (mark, tokens)  # the others are skipped
             self._next += 1
         done = [old for old in self._blocks if old < min(number, self.position // self.block)]
         for old in done:

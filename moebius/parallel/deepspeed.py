@@ -30,7 +30,7 @@ from moebius.parallel.comm import Group
 from moebius.parallel.config import DeepSpeedConfig, ParallelConfig
 from moebius.parallel.engine import MOMENTS, MakeOptimizer, sum_gradients
 from moebius.parallel.mesh import Mesh
-from moebius.parallel.part import Part
+from moebius.parallel.part import Part, Parts
 from moebius.parallel.place import Placed
 
 T = TypeVar("T")
@@ -94,7 +94,6 @@ class DeepSpeedEngine:
             self._register_hooks()
         if isinstance(self.optimizer, torch.optim.AdamW):
             self._make_state(0.0)
-        self.copies: dict[str, Tensor] = {}
 
     def _register_hooks(self) -> None:
         """Make gradients what DeepSpeed is to reduce, before it does within the backward pass."""
@@ -147,7 +146,6 @@ class DeepSpeedEngine:
         for p in self.trained:
             for key, value in self._state(p).items():
                 copies[f"optimizer/{p.name}/{key}"] = value
-        self.copies = copies
         cuts = {p.name: p.placement.cuts for p in self.placed}
         return {
             name: Part.of(value, cuts[_parameter_of(name)] if value.dim() else ())
@@ -172,9 +170,9 @@ class DeepSpeedEngine:
         return self.deepspeed.zero.GatheredParameters([p.parameter], modifier_rank=modifier)
 
     @torch.no_grad()
-    def take_over(self) -> None:
+    def take_over(self, parts: Parts) -> None:
         """See `Engine`. Raises CheckpointError where parameters took differently many steps."""
-        copies, self.copies = self.copies, {}
+        copies = {name: part.local for name, part in parts.items()}
         steps = {float(t) for name, t in copies.items() if name.endswith("/step")}
         if len(steps) > 1:
             raise CheckpointError(

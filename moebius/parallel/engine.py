@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moebius.model.parameters import ParameterSpec, Role
 from moebius.parallel.comm import Group
 from moebius.parallel.mesh import Mesh
-from moebius.parallel.part import Part
+from moebius.parallel.part import Part, Parts
 from moebius.parallel.place import Placed
 
 MakeOptimizer = Callable[[Iterable[tuple[nn.Parameter, ParameterSpec]]], torch.optim.Optimizer]
@@ -45,8 +45,8 @@ class Engine(Protocol):
         """What this process holds of every parameter, as `model/<parameter>`, and of the
         optimizer's state, as `optimizer/<parameter>/<key>`; a collective call."""
 
-    def take_over(self) -> None:
-        """Go on from the values that were written into the parts last given; a collective call."""
+    def take_over(self, parts: Parts) -> None:
+        """Go on from the values that were written into parts; a collective call."""
 
 
 class ReplicatedEngine:
@@ -95,7 +95,7 @@ class ReplicatedEngine:
                 found[f"optimizer/{p.name}/{key}"] = Part.of(value, cuts)
         return found
 
-    def take_over(self) -> None:
+    def take_over(self, parts: Parts) -> None:
         """See `Engine`: the parts are what it works on."""
 
 
@@ -190,4 +190,4 @@ def clip(gradients: Iterable[tuple[Tensor, Role, int]], mesh: Mesh, clip_norm: f
         factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient in members:
             gradient.mul_(factor.to(gradient.dtype))
-    return norms[0]
+    return norms[0] + 0 * norms[1]  # not finite where either is not

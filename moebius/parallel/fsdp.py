@@ -31,7 +31,7 @@ from moebius.model.program import Program, Unit
 from moebius.parallel.engine import MakeOptimizer, begin_state, clip, step_where, sum_tensors
 from moebius.parallel.mesh import Mesh, partition
 from moebius.parallel.messages import put_together, taken_apart
-from moebius.parallel.part import Part
+from moebius.parallel.part import Part, Parts
 from moebius.parallel.place import Placed
 
 
@@ -238,7 +238,7 @@ class FSDPEngine:
                 found[name] = Part.of(value) if value.dim() == 0 else shared_part(value, p)
         return {name: part for name, part in found.items() if part.chunks}
 
-    def take_over(self) -> None:
+    def take_over(self, parts: Parts) -> None:
         """See `Engine`: the parts are what it works on."""
 
 

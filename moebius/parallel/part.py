@@ -61,6 +61,8 @@ class Part:
     """of the whole tensor"""
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
+    local: Tensor
+    """what the chunks are views of"""
 
     @classmethod
     def of(
@@ -84,7 +86,7 @@ class Part:
         chunks = list(_flat_chunks(tensor.detach(), local, start))
         for cut, before in zip(reversed(cuts), shapes[1:], strict=True):
             chunks = [piece for chunk in chunks for piece in _uncut(chunk, cut, before[cut.dim])]
-        return cls(shapes[-1], tensor.dtype, tuple(chunks))
+        return cls(shapes[-1], tensor.dtype, tuple(chunks), tensor)
 
 
 Parts = Mapping[str, Part]

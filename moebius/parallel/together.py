@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from moebius.errors import MoebiusError
 from moebius.parallel.world import agree, world_size
 
 T = TypeVar("T")
+WAIT_SECONDS = 0.05
 
 
 def gathered(value: Any) -> list[Any]:
@@ -46,3 +48,32 @@ def together(action: Callable[[], T], failure: type[MoebiusError]) -> T:
     if agree(int(bool(message))):
         raise failure(next(text for text in gathered(message) if text))
     return result[0]
+
+
+def patiently(action: Callable[[], T], failure: type[MoebiusError], alive: Callable[[], None]) -> T:
+    """As `together`, for an action that may take some processes longer than a collective waits.
+
+    It runs in a thread, and must not communicate. `alive` is called while others are waited for.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:
+            errors.append(error)
+
+    def give() -> T:
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(WAIT_SECONDS)
+    while agree(int(thread.is_alive())):
+        if not thread.is_alive():
+            alive()
+        thread.join(WAIT_SECONDS)
+    return together(give, failure)

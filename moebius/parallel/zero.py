@@ -23,7 +23,7 @@ from moebius.parallel.engine import (
     step_where,
 )
 from moebius.parallel.mesh import Mesh
-from moebius.parallel.part import Part
+from moebius.parallel.part import Part, Parts
 from moebius.parallel.place import Placed
 
 
@@ -153,5 +153,5 @@ class ZeroEngine:
                     found[name] = Part.of(value, of.placement.cuts, of.parameter.shape, piece.start)
         return found
 
-    def take_over(self) -> None:
+    def take_over(self, parts: Parts) -> None:
         """See `Engine`: the parts are what it works on."""

@@ -88,8 +88,8 @@ class CheckpointConfig(ConfigNode):
     """host memory of each process for copies, from which it writes while the training goes on; what
     does not fit is written before; null: as much as it takes"""
     max_crashes: PositiveInt = 3
-    """starts in a row from one checkpoint that all ended before the next one was written; after
-    that, older ones are used"""
+    """starts from one checkpoint that have all crashed at the same step, and none has come further;
+    after that, older ones are used"""
 
 
 class LogConfig(ConfigNode):

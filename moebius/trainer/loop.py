@@ -65,7 +65,9 @@ def train_step(run: Run) -> StepReport:
     set_lr(run.layout.engine.optimizer, lr)
     run.progress.mark("optimizer")
     loss = result.losses["loss"]
-    sound = loss.isfinite() & (loss <= run.loss_limit)
+    unsound = ~(loss.isfinite() & (loss <= run.loss_limit))
+    # Copies of a loss may differ in their last bit; what is done about it must not.
+    sound = run.layout.mesh.world.all_reduce(unsound.float()) == 0
     grad_norm = run.layout.engine.step(config.optim.clip_norm, sound)
     applied = sound & grad_norm.isfinite()
     run.decoder.update_routers(result.ledger, run.step, applied)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moebius.errors import CheckpointError
-from moebius.parallel.together import from_first, together
+from moebius.parallel.together import from_first, patiently, together
 from moebius.parallel.world import agree, is_main, world_size
 from moebius.trainer.checkpoint.loader import Checkpoint, Refused, fill, newest_sound
 from moebius.trainer.checkpoint.plan import KINDS, check_index
 from moebius.trainer.checkpoint.tensors import model_shapes, optimizer_shapes
 from moebius.trainer.config import RunConfig, depends_on_micro_batch
 from moebius.trainer.folder import check_mixture, check_same_run
-from moebius.trainer.recovery.crashes import crashed, note_start
+from moebius.trainer.recovery.crashes import crashed
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
@@ -26,7 +27,7 @@ def resume(run: Run, allow_changes: bool = False) -> RunConfig | None:
     `allow_changes` its config may differ. Raises CheckpointError where none of several is left.
     """
     with run.progress.section("load"):
-        steps = run.storage.steps()
+        steps = together(run.storage.steps, CheckpointError)
         newest = steps[-1] if steps else -1
         lowest, highest = -agree(-newest), agree(newest)
         if lowest != highest:
@@ -42,19 +43,17 @@ def resume(run: Run, allow_changes: bool = False) -> RunConfig | None:
             [(step, reason) for step, reason in poisoned if reason],
             allow_changes,
         )
-        if is_main() and found is not None:
-            note_start(run.folder, run.step)
     return found
 
 
 def _poison(run: Run, step: int) -> str:
     """Why a checkpoint is not to be used although it may be sound; empty where it is."""
-    starts = crashed(run.folder, step)
-    if starts < run.config.checkpoint.max_crashes:
+    count = crashed(run.folder, step)
+    if count < run.config.checkpoint.max_crashes:
         return ""
     return (
-        f"checkpoint '{run.storage.name(step)}': {starts} starts in a row from it have crashed "
-        "before the next one was written"
+        f"checkpoint '{run.storage.name(step)}': {count} starts from it have crashed at the same "
+        "step (checkpoint.max_crashes)"
     )
 
 
@@ -69,17 +68,16 @@ def load(
     if refused and not steps:
         raise CheckpointError(
             f"no checkpoint is left; {refused[-1][1]}",
-            "find out why, then delete starts.json in run_dir, or choose another run_dir",
+            "find out why, then raise checkpoint.max_crashes to use it again",
         )
-    checkpoint, passed = newest_sound(run.storage, steps)
+    checkpoint, passed = newest_sound(run.storage, steps, run.progress.mark)
     if checkpoint is None:
         return None
     found = check(run, checkpoint, allow_changes)
     _take(run, checkpoint)
     for step, reason in [*refused, *passed]:
         if step > run.step:
-            if is_main():
-                run.storage.set_aside(step)
+            together(partial(_set_aside, run, step), CheckpointError)
             run.tell("walked back", f"{reason}; going on from step {run.step} instead")
     return found
 
@@ -87,13 +85,22 @@ def load(
 def _take(run: Run, checkpoint: Checkpoint) -> None:
     """Take up all that a checkpoint holds; a collective call."""
     record, parts = checkpoint.record, run.layout.parts()
-    together(lambda: fill(checkpoint, parts, lambda: run.progress.mark("read")), CheckpointError)
-    run.layout.engine.take_over()
+    patiently(
+        lambda: fill(checkpoint, parts, lambda: run.announce("load", "read")),
+        CheckpointError,
+        run.progress.mark,
+    )
+    run.layout.engine.take_over(parts)
     run.step = record.step
     run.skipped, run.rewound = list(record.skipped), list(record.rewound)
     run.stream.load(record.position, record.stream)
     for callback in run.callbacks:
         callback.load_state_dict(record.callbacks.get(callback.name, {}))
+
+
+def _set_aside(run: Run, step: int) -> None:
+    if is_main():
+        run.storage.set_aside(step)
 
 
 def check(run: Run, checkpoint: Checkpoint, allow_changes: bool) -> RunConfig:

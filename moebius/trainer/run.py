@@ -24,6 +24,7 @@ from moebius.model.parameters import initialize
 from moebius.parallel.consensus import Consensus
 from moebius.parallel.layout import Layout
 from moebius.parallel.part import Parts
+from moebius.parallel.together import from_first, together
 from moebius.parallel.world import agree, world_size
 from moebius.trainer.callbacks.base import Callback
 from moebius.trainer.checkpoint.commit import CommitRecord
@@ -37,7 +38,7 @@ from moebius.trainer.recovery.rewind import Rewind
 from moebius.trainer.restore import restore
 from moebius.trainer.resume import load
 from moebius.trainer.routing_record import load_routing
-from moebius.trainer.watch.progress import Progress
+from moebius.trainer.watch.progress import Progress, Section
 
 QUESTIONS = ("stop", "rewind", "writing")
 """what processes agree on after every step: to stop, and why (`callbacks.interrupt`); to go back
@@ -83,7 +84,9 @@ class Run:
             config.data, corpora, config.train.batch_size, config.train.seed, quarantined or {}
         )
         self.storage = open_storage(config.checkpoint.dir or str(self.folder / "checkpoints"))
-        self.saver = Saver(self.storage, config.checkpoint, self._announce, self.progress.mark)
+        self.saver = Saver(
+            self.storage, config.checkpoint, partial(self.announce, "save"), self.progress.mark
+        )
         self.callbacks = sorted(callbacks, key=lambda callback: callback.priority)
         self.replay = replay_tables(config.model, self.device)
         self.teacher, self.teacher_weights = load_teacher(config, corpora)
@@ -130,9 +133,10 @@ class Run:
             replay=self.replay,
         )
 
-    def _announce(self, phase: str) -> None:
+    def announce(self, section: Section, phase: str) -> None:
+        """Tell listeners of the progress what another thread than the main one does."""
         for listener in self.progress.listeners:
-            listener("save", phase)
+            listener(section, phase)
 
     def publish(self, metrics: dict[str, float]) -> None:
         """Give numbers of the present step to every callback that shows or stores them."""
@@ -186,11 +190,12 @@ class Run:
         """
         at, end, rewound = self.step, self.stream.position, self.rewound
         self.saver.settle()
-        steps = [step for step in self.storage.steps() if step <= at]
+        there = from_first(together(self.storage.steps, CheckpointError))
+        steps = [step for step in there if step <= at]
         used = {step for step, _ in rewound}
         targets = [step for step in steps if step not in used]
         reason = ""
-        if len(rewound) == self.config.recovery.max_rewinds:
+        if len(rewound) >= self.config.recovery.max_rewinds:
             reason = f"the run has gone back {len(rewound)} times (recovery.max_rewinds)"
         elif not targets:
             reason = f"there is no {'other ' if rewound else ''}checkpoint to go back to"
@@ -200,10 +205,11 @@ class Run:
             )
         newer = [(step, f"step {step} led to it") for step in steps if step > targets[-1]]
         with self.progress.section("load"):
-            load(self, targets, newer)
+            load(self, targets, newer, allow_changes=True)  # they were looked at before
         self.rewound = [*rewound, (self.step, at)]
         self.skipped.append((self.stream.position, end))
         self.stream.skip_to(end)
+        self.saver.amend(self._record())  # a restart goes on from here, too
         self.tell(
             "rewound",
             f"{fault}; from step {at} back to step {self.step}, without samples "
@@ -212,14 +218,14 @@ class Run:
 
 
 def all_finite(parts: Parts) -> bool:
-    """Whether all that a process holds is finite."""
-    norms = [
-        torch.linalg.vector_norm(chunk.tensor, float("inf"))
-        for part in parts.values()
-        for chunk in part.chunks
-        if part.dtype.is_floating_point and chunk.box.numel
-    ]
-    return not norms or bool(torch.stack([norm.double() for norm in norms]).isfinite().all())
+    """Whether all that a process holds is finite; each device is asked once."""
+    norms: dict[torch.device, list[torch.Tensor]] = {}
+    for part in parts.values():
+        for chunk in part.chunks if part.dtype.is_floating_point else ():
+            if chunk.box.numel:
+                norm = torch.linalg.vector_norm(chunk.tensor, float("inf"))
+                norms.setdefault(norm.device, []).append(norm.double())
+    return all(bool(torch.stack(own).isfinite().all()) for own in norms.values())
 
 
 def load_teacher(config: RunConfig, corpora: Corpora) -> tuple[TeacherModel | None, str | None]:

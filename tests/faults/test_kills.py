@@ -14,7 +14,6 @@ from moebius.model.decoder import Decoder
 from moebius.trainer.config import RunConfig
 from moebius.trainer.restore import load_model, open_run
 from tests.faults.restarts import until_done
-from tests.faults.test_torchrun import assert_same_course
 from tests.trainer.helpers import logged, write_config
 
 STEP_PHASES = ("data", "forward", "backward", "optimizer", "evaluate")
@@ -42,9 +41,14 @@ def kills(count: int, processes: int, num_steps: int, seed: int) -> list[dict[st
     return found
 
 
-def tree_of(run_tree: dict[str, Any], num_steps: int) -> dict[str, Any]:
+def tree_of(run_tree: dict[str, Any], num_steps: int, rows: int = 12) -> dict[str, Any]:
     return run_tree | {
-        "train": {"num_steps": num_steps, "batch_size": 12, "micro_batch_size": 3, "device": "cpu"},
+        "train": {
+            "num_steps": num_steps,
+            "batch_size": rows,
+            "micro_batch_size": 3,
+            "device": "cpu",
+        },
         "optim": {"lr": 1e-3, "schedule": {"kind": "cosine", "warmup_steps": 2}},
         "evaluation": {"interval": INTERVAL, "num_batches": 1},
         "checkpoint": {"interval": INTERVAL, "keep": 2, "max_crashes": 1000},
@@ -88,10 +92,10 @@ def assert_same_samples(folder: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "options", "count"),
+    ("processes", "options", "count", "num_steps", "rows"),
     [
-        (2, ("parallel.data=zero1",), 18),
-        (4, ("parallel.tp=2", "parallel.ep=2"), 12),
+        (2, ("parallel.data=zero1",), 18, 24, 12),
+        (4, ("parallel.tp=2", "parallel.ep=2"), 12, 16, 4),
     ],
 )
 def test_kills_leave_no_trace(
@@ -100,16 +104,17 @@ def test_kills_leave_no_trace(
     processes: int,
     options: Sequence[str],
     count: int,
+    num_steps: int,
+    rows: int,
 ) -> None:
     """Bit for bit: every report, the weights, the optimizer's state, the samples."""
-    num_steps = 24
     faults = kills(count, processes, num_steps, seed=count)
-    campaign(tree_of(run_tree, num_steps), tmp_path, [(processes, options)], faults)
+    campaign(tree_of(run_tree, num_steps, rows), tmp_path, [(processes, options)], faults)
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
     whole, own = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(whole[name], own[name]) for name in whole)
     assert optimizer_files(tmp_path / "whole") == optimizer_files(tmp_path / "killed")
-    assert_same_samples(tmp_path, num_steps * 12)
+    assert_same_samples(tmp_path, num_steps * rows)
 
 
 LAYOUTS: list[tuple[int, Sequence[str]]] = [
@@ -132,7 +137,11 @@ def test_kills_and_resumes_on_other_layouts(run_tree: dict[str, Any], tmp_path: 
         [line for line in logged(tmp_path / name) if "train/loss" in line]
         for name in ("killed", "whole")
     ]
-    assert_same_course(*losses)
+    for ours, theirs in zip(*losses, strict=True):
+        assert ours["step"] == theirs["step"]
+        for name, value in theirs.items():  # one decision of a router shows in its statistics
+            close = {"rel": 2e-3} if name.startswith("train/") else {"rel": 0.05, "abs": 0.02}
+            assert ours[name] == pytest.approx(value, **close), (ours["step"], name)
     whole, own = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     for name in whole:
         torch.testing.assert_close(own[name], whole[name], rtol=1e-2, atol=1e-3)

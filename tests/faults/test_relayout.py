@@ -1,4 +1,4 @@
-"""A checkpoint of any layout is loaded by any other one, and the next steps are the same."""
+"""A checkpoint of any layout is loaded by any other one, and the next step is the same."""
 
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "hsdp": (4, {"data": "fsdp2", "dp_replicate": 2}),
     "tp, ep": (4, {"tp": 2, "ep": 2}),
     "pp": (2, {"pp": 2}),
-    "rp": (4, {"rp": 2}),
+    "rp": (2, {"rp": 2}),
 }
 
 
@@ -83,10 +83,11 @@ def load(options: dict[str, Any], folders: list[Path]) -> list[tuple[dict[str, A
     for folder in folders:
         checkpoint, _ = newest_sound(LocalStorage(folder), [2])
         assert checkpoint is not None
-        fill(checkpoint, layout.parts())
-        layout.engine.take_over()
+        parts = layout.parts()
+        fill(checkpoint, parts)
+        layout.engine.take_over(parts)
         loaded = state(layout)
-        found.append((loaded, [step(layout, number) for number in range(2, 4)]))
+        found.append((loaded, [step(layout, 2)]))
     return found
 
 

@@ -71,8 +71,8 @@ def test_a_killed_worker_is_restarted(run_tree: dict[str, Any], tmp_path: Path) 
     """SIGKILL in the middle: `--max-restarts` goes on from the last checkpoint, and every report is
     the one of a run that nobody disturbed."""
     tree = run_tree | {
-        "train": run_tree["train"] | {"num_steps": 30},
-        "checkpoint": {"interval": 5, "keep": 2},
+        "train": run_tree["train"] | {"num_steps": 16},
+        "checkpoint": {"interval": 4, "keep": 2},
         "model": model_tree(),
         "log": run_tree["log"] | {"audit": True},
         "parallel": PARALLEL,
@@ -82,13 +82,13 @@ def test_a_killed_worker_is_restarted(run_tree: dict[str, Any], tmp_path: Path) 
         config = write_config(tree | {"run_dir": str(folder)}, tmp_path / f"{name}.yaml")
         launcher = launch(config, 4, "--max-restarts=1")
         if name == "killed":
-            kill_one(launcher, (folder / "checkpoints" / "step-00000010").exists)
+            kill_one(launcher, (folder / "checkpoints" / "step-00000008").exists)
         output, errors = launcher.communicate(timeout=300)
         assert launcher.returncode == 0, errors
         assert output.count("continuing after step") == (name == "killed"), output
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
     audits = [read_audit(tmp_path / name / "audit") for name in ("whole", "killed")]
-    assert compare(*audits) == (30 * 4, -1)
+    assert compare(*audits) == (16 * 4, -1)
 
 
 def kill_one(launcher: subprocess.Popen[str], is_time: Callable[[], bool]) -> None:

@@ -28,6 +28,7 @@ from moebius.parallel.deepspeed import DeepSpeedEngine, deepspeed_problems
 from moebius.parallel.engine import Engine, MakeOptimizer, ReplicatedEngine
 from moebius.parallel.ledger import merge_results
 from moebius.parallel.mesh import Mesh
+from moebius.parallel.part import Part
 from moebius.parallel.place import place, row_spread
 from tests.model.helpers import rows_of
 from tests.model.recursion.systems import depth, expert
@@ -230,8 +231,9 @@ def interrupted(case: Case, state: dict[str, Any] | None) -> dict[str, Any]:
     system = System(decoder, case.config, adamw)
     if state is not None:
         found = {key: torch.from_numpy(value).float() for key, value in state.items()}
-        fill_parts(system.engine.parts(), found)
-        system.engine.take_over()
+        parts = system.engine.parts()
+        fill_parts(parts, found)
+        system.engine.take_over(parts)
         left = arrays("2/", system.step(2, case, CLIPS[0]))
         return left | arrays("2/parameter/", model_tensors(system.engine.parts()))
     for number in range(2):
@@ -395,6 +397,7 @@ def test_names_the_launcher_that_is_missing() -> None:
 
 
 def test_refuses_steps_that_differ() -> None:
-    steps = {"optimizer/a/step": torch.tensor(2.0), "optimizer/b/step": torch.tensor(3.0)}
+    values = {"optimizer/a/step": 2.0, "optimizer/b/step": 3.0}
+    steps = {name: Part.of(torch.tensor(value)) for name, value in values.items()}
     with pytest.raises(CheckpointError, match="differently many steps"):
-        DeepSpeedEngine.take_over(SimpleNamespace(copies=steps))  # type: ignore[arg-type]
+        DeepSpeedEngine.take_over(SimpleNamespace(), steps)  # type: ignore[arg-type]

@@ -171,7 +171,7 @@ def random_shares(tensors: Tensors, ranks: int, chance: random.Random) -> list[d
         for rank, boxes in enumerate(own):
             chunks = tuple(Chunk(box, tensor[place_of(box)]) for box in boxes)
             if chunks or chance.random() < 0.5:
-                shares[rank][name] = Part(tuple(tensor.shape), tensor.dtype, chunks)
+                shares[rank][name] = Part(tuple(tensor.shape), tensor.dtype, chunks, tensor)
     return shares
 
 

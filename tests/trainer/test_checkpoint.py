@@ -707,7 +707,7 @@ def test_model_and_optimizer_state_survive(tmp_path: Path) -> None:
     decoder = layout.decoder
     check_index(checkpoint.index, model_shapes(decoder) | optimizer_shapes(decoder), KINDS)
     fill(checkpoint, other.parts())
-    other.engine.take_over()
+    other.engine.take_over(other.parts())
     expected, found = layout.parts(), other.parts()
     assert found.keys() == expected.keys()
     for name, part in found.items():

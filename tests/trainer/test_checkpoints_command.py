@@ -29,7 +29,7 @@ from moebius.trainer.config import RunConfig
 from moebius.trainer.config_file import load_config
 from moebius.trainer.folder import lock_folder
 from moebius.trainer.loop import train
-from moebius.trainer.recovery.crashes import note_start
+from moebius.trainer.recovery.goodput import FILE_NAME, Account, write_account
 from moebius.trainer.restore import restore
 from moebius.trainer.resume import resume
 from moebius.trainer.run import Run
@@ -99,6 +99,13 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.name != RECORD_NAME)
 
 
+def crash(run: Path, step: int, count: int) -> None:
+    """So many starts from a checkpoint that all crashed two steps after it."""
+    for _ in range(count):
+        write_account(run / FILE_NAME, Account(0, step, {}), begins=True)
+        write_account(run / FILE_NAME, Account(0, step + 2, {}))
+
+
 class TestList:
     def test_a_table_of_what_there_is(self, run: Path, capsys: CAPTURE) -> None:
         code, lines, _ = checkpoints(capsys, "list", run)
@@ -160,12 +167,11 @@ class TestList:
         shutil.copytree(at(run, 4), run / "checkpoints" / "step-00000008.tmp")
         at(run, 2).rename(run / "checkpoints" / "step-00000002.damaged")
         (run / "checkpoints" / "step-of-mine.tmp").mkdir()
-        for _ in range(3):
-            note_start(run, 6)
+        crash(run, 6, 3)
         _, lines, _ = checkpoints(capsys, "list", run)
         assert lines[-3] == "set aside: step-00000002.damaged"
         assert lines[-2] == "unfinished: step-00000008.tmp"
-        assert lines[-1].startswith("3 starts in a row from step 6 ")
+        assert lines[-1].startswith("3 starts from step 6 ")
         _, lines, _ = checkpoints(capsys, "list", run, "--json")
         assert [json.loads(line)["kind"] for line in lines] == [
             *["checkpoint"] * 2,
@@ -328,8 +334,7 @@ class TestPrune:
 
     def test_one_stays_from_which_a_run_can_start(self, run: Path, capsys: CAPTURE) -> None:
         """All starts from the newest one have crashed; a damaged one is no way out."""
-        for _ in range(3):
-            note_start(run, 6)
+        crash(run, 6, 3)
         flip(at(run, 4, MODEL))
         checkpoints(capsys, "prune", run, "--keep", 1)
         assert steps(run) == [2, 4, 6]

@@ -3,13 +3,24 @@
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from moebius.data.corpus import open_corpora
+from moebius.errors import CheckpointError, TrainingError
+from moebius.model.parameters import Role
+from moebius.parallel.config import ParallelConfig
 from moebius.parallel.consensus import Consensus
+from moebius.parallel.engine import clip
+from moebius.parallel.mesh import Mesh
+from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.metrics import stragglers
+from moebius.trainer.config import RunConfig
+from moebius.trainer.loop import train_step
 from moebius.trainer.recovery.config import SpikeConfig
-from moebius.trainer.recovery.crashes import crashed, note_progress, note_start
+from moebius.trainer.recovery.crashes import crashed
 from moebius.trainer.recovery.goodput import (
     Account,
     Attempt,
@@ -17,8 +28,12 @@ from moebius.trainer.recovery.goodput import (
     read_accounts,
     write_account,
 )
+from moebius.trainer.recovery.rewind import Rewind
 from moebius.trainer.recovery.spikes import SpikeDetector
+from moebius.trainer.resume import resume
+from moebius.trainer.run import Run
 from tests.parity.forks import run_forked
+from tests.trainer.helpers import train_run
 
 
 def test_spikes_are_told_from_noise_and_from_a_trend() -> None:
@@ -47,15 +62,21 @@ def test_losses_that_hardly_differ_make_no_spikes() -> None:
     assert detector.add(2.2)
 
 
-def test_starts_from_one_checkpoint_are_counted_until_there_is_progress(tmp_path: Path) -> None:
-    assert [note_start(tmp_path, 4) for _ in range(3)] == [1, 2, 3]
-    assert (crashed(tmp_path, 4), crashed(tmp_path, 8)) == (3, 0)
-    assert note_start(tmp_path, 8) == 1
-    assert crashed(tmp_path, 4) == 0
-    note_progress(tmp_path)
+def test_crashes_count_where_they_come_at_the_furthest_step(tmp_path: Path) -> None:
+    def attempt(begin: int, end: int, ended: bool = False) -> None:
+        path = tmp_path / "time.jsonl"
+        write_account(path, Account(0, begin, {}), begins=True)
+        write_account(path, Account(0, end, {}), ends=ended)
+
     assert crashed(tmp_path, 8) == 0
-    (tmp_path / "starts.json").write_text("{")
-    assert crashed(tmp_path, 8) == 0
+    attempt(0, 10)
+    for end in (11, 9, 11):
+        attempt(8, end)
+    attempt(8, 11, ended=True)  # a stop
+    attempt(4, 11)
+    assert (crashed(tmp_path, 8), crashed(tmp_path, 4), crashed(tmp_path, 0)) == (2, 1, 0)
+    attempt(4, 12)
+    assert (crashed(tmp_path, 8), crashed(tmp_path, 4)) == (0, 1)
 
 
 def votes() -> list[dict[str, int]]:
@@ -120,3 +141,42 @@ def test_accounts_are_read_as_they_were_written(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"begins": fal')
     assert read_accounts(path) == made
+
+
+def test_a_gradient_that_is_clipped_apart_counts_when_it_is_not_finite() -> None:
+    """An auxiliary router's gradient is no part of the norm, but must not be applied either."""
+    mesh = Mesh(ParallelConfig())
+    gradients = [(torch.full((3,), 2.0), Role.MATRIX, 1), (torch.tensor([0.5]), Role.AUX_ROUTER, 1)]
+    assert float(clip(gradients, mesh, 1.0)) == pytest.approx(12**0.5)
+    gradients[1][0].fill_(math.nan)
+    assert not math.isfinite(float(clip(gradients, mesh, 1.0)))
+
+
+def test_a_run_whose_config_was_changed_can_go_back(
+    run_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """With --allow-changes, and before the next checkpoint."""
+    tree = run_tree | {"checkpoint": {"interval": 2}, "train": run_tree["train"] | {"num_steps": 8}}
+    train_run(RunConfig.model_validate(tree), stop_after=4)
+    changed = RunConfig.model_validate(tree | {"optim": tree["optim"] | {"lr": 1e-3}})
+    run = Run(changed, open_corpora(changed.data), [CheckpointCallback()])
+    with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.01 -> 0\.001"):
+        resume(run)
+    resume(run, allow_changes=True)
+    train_step(run)
+    run.step += 1
+    run.rewind(Rewind("a fault"))
+    assert (run.step, run.stream.position) == (4, 20)
+    assert run.skipped == [(16, 20)]
+
+    again = Run(changed, open_corpora(changed.data), [CheckpointCallback()])
+    resume(again, allow_changes=True)
+    assert (again.step, again.stream.position) == (4, 20), "a restart does not forget it"
+    assert (again.skipped, again.rewound) == (run.skipped, run.rewound)
+    train_step(again)
+    again.step += 1
+    again.rewind(Rewind("the same fault"))
+    assert again.step == 2, "going back to step 4 did not help"
+    again.step += 1
+    with pytest.raises(TrainingError, match="the run has gone back 2 times"):
+        again.rewind(Rewind("the same fault"))

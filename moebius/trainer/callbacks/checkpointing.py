@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from moebius.parallel.world import is_main
+from moebius.errors import CheckpointError
 from moebius.trainer.callbacks.base import Callback
-from moebius.trainer.recovery.crashes import note_progress
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
@@ -17,7 +16,7 @@ class CheckpointCallback(Callback):
     """Writes a checkpoint every interval, after the last step and before a stop.
 
     After the callbacks whose state it holds, and after the guard, which has judged all steps by
-    then: what is saved is sound.
+    then: what is saved is sound. A save that fails is tried once more, at the next step.
     """
 
     name = "checkpoint"
@@ -26,6 +25,8 @@ class CheckpointCallback(Callback):
     def __init__(self) -> None:
         self.done_at = -1
         """last step at which there was nothing left to save"""
+        self.failed = False
+        """whether the save before the present one has failed"""
 
     def on_start(self, run: Run) -> None:
         """The present step is that of a checkpoint, or the beginning."""
@@ -33,21 +34,36 @@ class CheckpointCallback(Callback):
 
     def on_agreed(self, run: Run, agreed: Mapping[str, int]) -> None:
         """Make what all have written a checkpoint, and begin the next one where it is due."""
-        if run.saver.pending and not agreed["writing"]:
+        due = run.step != self.done_at and run.step % run.config.checkpoint.interval == 0
+        if run.saver.pending and (due or not agreed["writing"]):
             self._settle(run)
-        if run.step != self.done_at and run.step % run.config.checkpoint.interval == 0:
+        if due:
+            self._begin(run)
+
+    def on_end(self, run: Run) -> None:
+        """Save the last state, and wait for it."""
+        self._settle(run)
+        self._begin(run)
+        while run.saver.pending:
+            self._settle(run)
+
+    def _begin(self, run: Run) -> None:
+        if not run.saver.pending or run.step != self.done_at:
             with run.progress.section("save"):
                 run.save()
             self.done_at = run.step
 
-    def on_end(self, run: Run) -> None:
-        """Save the last state, and wait for it."""
-        with run.progress.section("save"):
-            run.save()
-        self._settle(run)
-
     def _settle(self, run: Run) -> None:
-        with run.progress.section("save"):
-            run.saver.settle()
-        if is_main():
-            note_progress(run.folder)
+        try:
+            with run.progress.section("save"):
+                warning = run.saver.settle()
+        except CheckpointError as error:
+            if self.failed:
+                raise
+            self.failed = True
+            run.tell("save failed", f"{error}; saving again")
+            self._begin(run)
+            return
+        self.failed = False
+        if warning:
+            run.tell("not deleted", warning)

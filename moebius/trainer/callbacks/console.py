@@ -37,6 +37,8 @@ class ConsoleCallback(Callback):
     def on_start(self, run: Run) -> None:
         """Say where the run begins."""
         num_steps = run.config.train.num_steps
+        for task in self.progress.task_ids:  # of before the run went back
+            self.progress.remove_task(task)
         self.task = self.progress.add_task(
             "train", total=num_steps, completed=run.step, status="starting"
         )

@@ -35,19 +35,21 @@ class GoodputCallback(Callback):
         path = run.folder / FILE_NAME
         if not run.step and not run.skipped:
             path.unlink(missing_ok=True)
+        if self.before:  # the run has gone back, which is no crash
+            write_account(path, self.attempts[-1].accounts[-1], ends=True)
         self.attempts = [*read_accounts(path), Attempt()]
         self._note(run, begins=True)
 
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """Publish where it is due; after the metrics of the step."""
         if run.reports:
-            self._note(run, begins=False)
+            self._note(run)
             shares = goodput(self.attempts)
             run.publish({f"goodput/{name}": share for name, share in shares.items()})
 
     def on_end(self, run: Run) -> None:
         """Note what came after the last step."""
-        self._note(run, begins=False)
+        self._note(run, ends=True)
 
     def close(self) -> None:
         """What this process does from now on belongs to the next attempt."""
@@ -56,9 +58,9 @@ class GoodputCallback(Callback):
             names = self.before.keys() | last.keys()
             self.before = {n: self.before.get(n, 0.0) + last.get(n, 0.0) for n in names}
 
-    def _note(self, run: Run, begins: bool) -> None:
+    def _note(self, run: Run, *, begins: bool = False, ends: bool = False) -> None:
         spent = run.progress.spent().items()
         seconds = {name: round(value - self.before.get(name, 0.0), 6) for name, value in spent}
         account = Account(time.time(), run.step, seconds)
         self.attempts[-1].accounts.append(account)
-        write_account(run.folder / FILE_NAME, account, begins)
+        write_account(run.folder / FILE_NAME, account, begins=begins, ends=ends)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moebius.parallel.world import agree
 from moebius.trainer.callbacks.base import Callback, StepReport
 from moebius.trainer.recovery.config import RecoveryConfig
 from moebius.trainer.recovery.rewind import Rewind
@@ -46,12 +48,14 @@ class GuardCallback(Callback):
         """steps that have changed nothing, up to the last one judged"""
         self.seen: deque[Seen] = deque()
         self.fault = ""
+        self.limit = float("inf")
+        """of the coming step; the loss of the one before it is never known in time"""
 
     def on_start(self, run: Run) -> None:
         """Forget what came after the checkpoint."""
         self.seen.clear()
         self.fault = ""
-        self._limit(run)
+        run.loss_limit = self.limit
 
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """Judge the steps before; this one, too, where a checkpoint is due."""
@@ -63,8 +67,11 @@ class GuardCallback(Callback):
             ready = torch.cuda.Event()
             ready.record()
         self.seen.append(Seen(run.step, numbers, ready))
-        due = run.step % run.config.checkpoint.interval == 0
-        self._judge(run, keep=0 if due else 1)
+        self._judge(run, keep=1)
+        if self.config.spike.action == "skip":
+            self.limit = run.loss_limit = self.spikes.limit
+        if run.step % run.config.checkpoint.interval == 0:
+            self._judge(run, keep=0)
         run.consensus.vote("rewind", int(bool(self.fault)))
 
     def on_agreed(self, run: Run, agreed: Mapping[str, int]) -> None:
@@ -73,10 +80,10 @@ class GuardCallback(Callback):
             raise Rewind(self.fault or "another process saw a fault")
 
     def on_end(self, run: Run) -> None:
-        """Judge what is left, which is the same everywhere."""
+        """Judge what is left."""
         self._judge(run, keep=0)
-        if self.fault:
-            raise Rewind(self.fault)
+        if agree(int(bool(self.fault))):
+            raise Rewind(self.fault or "another process saw a fault")
 
     def _judge(self, run: Run, keep: int) -> None:
         while len(self.seen) > keep and not self.fault:
@@ -85,7 +92,6 @@ class GuardCallback(Callback):
                 seen.ready.synchronize()
             loss, norm, applied = seen.numbers.tolist()
             self._judge_step(run, seen.step, loss, norm, bool(applied))
-        self._limit(run)
 
     def _judge_step(self, run: Run, step: int, loss: float, norm: float, applied: bool) -> None:
         config = self.config
@@ -109,15 +115,14 @@ class GuardCallback(Callback):
         elif spike:
             run.tell("spike", what)
 
-    def _limit(self, run: Run) -> None:
-        skips = self.config.spike.action == "skip"
-        run.loss_limit = self.spikes.limit if skips else float("inf")
-
     def state_dict(self) -> dict[str, Any]:
         """The losses that spikes are told from, and how many steps were left out in a row."""
-        return {"losses": list(self.spikes.losses), "in_row": self.in_row}
+        limit = self.limit if math.isfinite(self.limit) else None
+        return {"losses": list(self.spikes.losses), "in_row": self.in_row, "limit": limit}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up saved state."""
         self.spikes.load(state.get("losses", ()))
         self.in_row = state.get("in_row", 0)
+        limit = state.get("limit")
+        self.limit = float("inf") if limit is None or self.config.spike.action != "skip" else limit

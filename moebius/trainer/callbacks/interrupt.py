@@ -42,7 +42,6 @@ class InterruptCallback(Callback):
     priority = 0
 
     def __init__(self) -> None:
-        self.began = time.monotonic()
         self.previous: dict[signal.Signals, Any] = {}
         self.asked = 0
         """why to stop; a signal may come at any time"""
@@ -72,7 +71,7 @@ class InterruptCallback(Callback):
     def _vote(self, run: Run) -> None:
         limit = run.config.train.time_limit
         if not self.asked and is_main():
-            if limit is not None and time.monotonic() - self.began >= 60 * limit:
+            if limit is not None and time.monotonic() - run.progress.began >= 60 * limit:
                 self.asked = TIME_LIMIT
             elif (run.folder / STOP_NAME).exists():
                 self.asked = STOP_FILE

@@ -38,9 +38,12 @@ class MetricsCallback(Callback):
         self.seconds = 0.0
         self.steps = 0
         self.began = 0.0
+        self.slow: list[int] = []
+        """ranks that were late in the last report"""
 
     def on_start(self, run: Run) -> None:
-        """Measure the machine."""
+        """Measure the machine, and count from here."""
+        self.seconds, self.steps = 0.0, 0
         self._measure(run, seconds=0.3)
 
     def on_step_start(self, run: Run) -> None:
@@ -97,7 +100,8 @@ class MetricsCallback(Callback):
         by themselves, and a device for others, is not known and counts as work.
         """
         seconds = gathered(busy)
-        for number in stragglers(seconds, run.config.recovery.straggler_ratio):
+        before, self.slow = self.slow, stragglers(seconds, run.config.recovery.straggler_ratio)
+        for number in set(before) & set(self.slow):  # once may be chance
             ratio = seconds[number] / statistics.median(seconds)
             run.tell(
                 "straggler",

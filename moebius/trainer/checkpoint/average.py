@@ -45,7 +45,7 @@ class OpenModel:
         """A box of a tensor. Raises CheckpointError where a file lacks some of it."""
         index = self.checkpoint.index
         values = torch.empty(box.sizes, dtype=DTYPES[index[name].dtype])
-        part = Part(index[name].shape, values.dtype, (Chunk(box, values),))
+        part = Part(index[name].shape, values.dtype, (Chunk(box, values),), values)
         for item in reads(index, {name: part}):
             where = item.box.within(item.source)
             with _reading(self.checkpoint, item.file):
@@ -85,11 +85,11 @@ def average(
             path = target.scratch(record.step) / file
             entries[file] = write_tensors(path, items, _go_on)
             check(path, entries[file], _go_on)
-            target.add(record.step, file)
+            target.add(record.step, file, _go_on)
     for file in sorted(newest.record.files.keys() - entries.keys() - {INDEX_NAME}):
         entries[file] = newest.record.files[file]
         _copy(newest, file, target.scratch(record.step) / file)
-        target.add(record.step, file)
+        target.add(record.step, file, _go_on)
     text = write_index(newest.index)
     entries[INDEX_NAME] = FileEntry.of(text.encode())
     sealed = record.model_copy(update={"files": entries})

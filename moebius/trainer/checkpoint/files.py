@@ -95,8 +95,7 @@ def _blocks(items: list[Item]) -> Iterator[memoryview]:
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for item in items:
-        values = item.value().cpu().contiguous()
+        values = item.value().contiguous()
         values = values.as_strided((values.numel(),), (1,))  # one element may have any stride
-        raw = memoryview(values.view(torch.uint8).numpy().data if item.num_bytes else b"")
-        for begin in range(0, len(raw), BLOCK):
-            yield raw[begin : begin + BLOCK]
+        for piece in values.split(BLOCK // item.dtype.itemsize) if item.num_bytes else ():
+            yield memoryview(piece.cpu().view(torch.uint8).numpy().data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from moebius.errors import CheckpointError
 from moebius.parallel.part import Parts
-from moebius.parallel.together import from_first, gathered, together
+from moebius.parallel.together import from_first, gathered, patiently
 from moebius.parallel.world import rank, world_size
 from moebius.trainer.checkpoint.commit import INDEX_NAME, RECORD_NAME, CommitRecord
 from moebius.trainer.checkpoint.plan import KINDS, Index, Read, read_index, reads
 from moebius.trainer.checkpoint.storage import Storage, UnreachableError
 
+DAMAGE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO})
+"""what a system says of files that are gone or damaged; anything else may pass"""
 Refused = list[tuple[int, str]]
 """steps of checkpoints that were passed over, and why"""
 
@@ -43,7 +46,9 @@ def open_checkpoint(storage: Storage, step: int) -> Checkpoint:
     name = storage.name(step)
     try:
         record = CommitRecord.read(storage.text(step, RECORD_NAME))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(name, RECORD_NAME, error) from None
+    except ValueError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"checkpoint '{name}': no valid {RECORD_NAME}: {reason}") from None
     if record.step != step:
@@ -60,6 +65,14 @@ def open_checkpoint(storage: Storage, step: int) -> Checkpoint:
     return Checkpoint(storage, record, index)
 
 
+def unreadable(name: str, file: str, error: OSError) -> CheckpointError:
+    """The error of a file that cannot be read: whether that is damage, or may pass."""
+    text = f"checkpoint '{name}': no valid {file}: {error.strerror or error}"
+    if error.errno in DAMAGE:
+        return CheckpointError(text)
+    return UnreachableError(text, "try again; nothing was changed")
+
+
 def check_file(storage: Storage, record: CommitRecord, file: str) -> None:
     """Raise CheckpointError where a file is missing or differs in size or content."""
     name = storage.name(record.step)
@@ -71,7 +84,7 @@ def check_file(storage: Storage, record: CommitRecord, file: str) -> None:
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint '{name}': {file} is missing") from None
     except OSError as error:
-        raise CheckpointError(f"checkpoint '{name}': {file}: {error.strerror or error}") from None
+        raise unreadable(name, file, error) from None
     if size != entry.size:
         raise CheckpointError(
             f"checkpoint '{name}': {file} has {size} bytes, {entry.size} were committed"
@@ -91,16 +104,19 @@ def files_of(record: CommitRecord, kinds: Sequence[str]) -> list[str]:
     return [name for name in sorted(record.files) if name.partition("-")[0] in kinds]
 
 
-def newest_sound(storage: Storage, steps: Sequence[int]) -> tuple[Checkpoint | None, Refused]:
+def newest_sound(
+    storage: Storage, steps: Sequence[int], alive: Callable[[], None] = lambda: None
+) -> tuple[Checkpoint | None, Refused]:
     """The newest sound checkpoint of some steps, and those that were passed over; None where there
-    are no steps. A collective call, in which each process verifies some of the files.
+    are no steps. A collective call, in which each process verifies some of the files; `alive` is
+    called while others do.
 
     Raises CheckpointError where there are checkpoints and none is sound, and UnreachableError where
     that cannot be told.
     """
     refused: Refused = []
     for step in sorted(from_first(list(steps)), reverse=True):
-        found, reason = together(partial(_verified, storage, step), UnreachableError)
+        found, reason = patiently(partial(_verified, storage, step), UnreachableError, alive)
         reasons = [text for text in gathered(reason) if text]
         if found is not None and not reasons:
             return found, refused

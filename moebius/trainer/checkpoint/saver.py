@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 
 from moebius.errors import CheckpointError
 from moebius.parallel.part import Parts
-from moebius.parallel.together import from_first, gathered, together
+from moebius.parallel.together import from_first, gathered, patiently, together
 from moebius.parallel.world import agree, is_main, rank
 from moebius.trainer.checkpoint.commit import INDEX_NAME, RECORD_NAME, CommitRecord, FileEntry
 from moebius.trainer.checkpoint.files import BLOCK
+from moebius.trainer.checkpoint.loader import open_checkpoint
 from moebius.trainer.checkpoint.plan import (
     Index,
     file_name,
@@ -78,7 +80,8 @@ class Saver:
         if self._index is None:  # it stays the same as long as the layout does
             self._index = plan(gathered(listing(parts)))
         index = self._index
-        together(lambda: self._make_room(record.step, total_bytes(index)), CheckpointError)
+        room = partial(self._make_room, record.step, total_bytes(index))
+        patiently(room, CheckpointError, self.alive)
         writer = Writer(self.storage, record.step, sources(index, parts), self.staging, self.phase)
         self._pending = (record, index, writer)
         self._wait(writer, lambda: not writer.released)
@@ -95,11 +98,13 @@ class Saver:
                 "make room or name another checkpoint.dir; the checkpoints of before are untouched",
             )
 
-    def settle(self) -> None:
-        """Make what all processes have written a checkpoint. Raises CheckpointError where one of
-        them could not write."""
+    def settle(self) -> str:
+        """Make what all processes have written a checkpoint; gives what went wrong beside it.
+
+        Raises CheckpointError where one of them could not write.
+        """
         if self._pending is None:
-            return
+            return ""
         record, index, writer = self._pending
         self._wait(writer, lambda: writer.running)
         self._pending = None
@@ -111,17 +116,32 @@ class Saver:
             raise CheckpointError(errors[0])
         files = dict(chain.from_iterable(entries.items() for entries, _ in found))
         self.phase("commit")
-        together(lambda: self._commit(record, index, files), CheckpointError)
+        commit = partial(self._commit, record, index, files)
+        return patiently(commit, CheckpointError, self.alive)
 
-    def _commit(self, record: CommitRecord, index: Index, files: dict[str, FileEntry]) -> None:
+    def _commit(self, record: CommitRecord, index: Index, files: dict[str, FileEntry]) -> str:
         if not is_main():
-            return
+            return ""
         text = write_index(index)
         entry = FileEntry.of(text.encode())
         sealed = record.model_copy(update={"files": files | {INDEX_NAME: entry}})
         self.storage.commit(record.step, {INDEX_NAME: text, RECORD_NAME: sealed.text()})
         self.phase("retain")
-        self.retain()
+        try:
+            self.retain()
+        except CheckpointError as error:  # the new one is there all the same
+            return str(error)
+        return ""
+
+    def amend(self, record: CommitRecord) -> None:
+        """Change what is said of a checkpoint that is there, but for its files."""
+        together(lambda: self._amend(record), CheckpointError)
+
+    def _amend(self, record: CommitRecord) -> None:
+        if is_main():
+            files = open_checkpoint(self.storage, record.step).record.files
+            amended = record.model_copy(update={"files": files})
+            self.storage.amend(record.step, RECORD_NAME, amended.text())
 
     def retain(self) -> list[int]:
         """Delete the checkpoints that are not to be kept, on one process; their steps."""

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,12 +50,16 @@ class Storage(Protocol):
     def scratch(self, step: int) -> Path:
         """The local folder in which processes write its files."""
 
-    def add(self, step: int, file: str) -> None:
-        """A file in the local folder is complete."""
+    def add(self, step: int, file: str, alive: Callable[[], None]) -> None:
+        """A file in the local folder is complete; `alive` is called as it is moved, and may
+        raise."""
 
     def commit(self, step: int, texts: dict[str, str]) -> None:
         """Add some small files, the commit record as the last one; one process. From now on it is a
         checkpoint."""
+
+    def amend(self, step: int, file: str, text: str) -> None:
+        """Give a small file of a checkpoint another content at once."""
 
     def text(self, step: int, file: str) -> bytes:
         """The content of a small file. Raises OSError."""
@@ -139,7 +143,7 @@ class LocalStorage:
         """See `Storage`."""
         return self.root / f"{folder_name(step)}.tmp"
 
-    def add(self, step: int, file: str) -> None:
+    def add(self, step: int, file: str, alive: Callable[[], None]) -> None:
         """See `Storage`; it is where it belongs."""
 
     def commit(self, step: int, texts: dict[str, str]) -> None:
@@ -151,6 +155,12 @@ class LocalStorage:
                 write_whole(folder / file, text)
             os.replace(folder, final)
             sync(self.root)
+
+    def amend(self, step: int, file: str, text: str) -> None:
+        """See `Storage`."""
+        path = self.root / folder_name(step) / file
+        with writing(path):
+            write_whole(path, text)
 
     def text(self, step: int, file: str) -> bytes:
         """See `Storage`."""
@@ -272,11 +282,14 @@ class RemoteStorage:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def add(self, step: int, file: str) -> None:
+    def add(self, step: int, file: str, alive: Callable[[], None]) -> None:
         """See `Storage`."""
+        from fsspec.callbacks import Callback
+
+        told = Callback(hooks={"alive": lambda *args, **kwargs: alive()})
         path = self.scratch(step) / file
         with self._writing(step):
-            self.fs.put_file(str(path), self._path(step, file))
+            self.fs.put_file(str(path), self._path(step, file), callback=told)
         path.unlink()
         with suppress(OSError):  # there are other files
             path.parent.rmdir()
@@ -290,6 +303,11 @@ class RemoteStorage:
 
     def _path(self, step: int, file: str) -> str:
         return f"{self.root}/{folder_name(step)}/{file}"
+
+    def amend(self, step: int, file: str, text: str) -> None:
+        """See `Storage`."""
+        with self._writing(step):
+            self.fs.pipe_file(self._path(step, file), text.encode())
 
     def text(self, step: int, file: str) -> bytes:
         """See `Storage`."""

@@ -155,7 +155,7 @@ class Writer:
                 self.phase("write")
             entry = write_tensors(path, items, self._go_on)
             check(path, entry, self._go_on)
-            self.storage.add(self.step, file)
+            self.storage.add(self.step, file, self._go_on)
         except BaseException:
             with suppress(OSError):
                 path.unlink(missing_ok=True)  # it may take much room

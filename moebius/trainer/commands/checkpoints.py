@@ -112,8 +112,8 @@ def _list(arguments: argparse.Namespace, say: Callable[[str], None], console: Co
         say(f"{_kind(name)}: {name}")
     for step, count in starts.items():
         say(
-            f"{count} {'start' if count == 1 else 'starts'} in a row from step {step} without a "
-            f"new checkpoint; after {config.checkpoint.max_crashes} an older one is used"
+            f"{count} {'start' if count == 1 else 'starts'} from step {step} crashed at the same "
+            f"step; after {config.checkpoint.max_crashes} an older one is used"
         )
     return 0
 

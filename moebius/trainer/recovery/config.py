@@ -26,7 +26,8 @@ class RecoveryConfig(ConfigNode):
     """steps in a row whose loss or gradient is not finite, or a spike that is to be skipped: they
     change nothing; after more of them the run goes back to its last sound checkpoint"""
     max_rewinds: NonNegativeInt = 2
-    """how often a run goes back; the samples between the checkpoint and the fault are left out"""
+    """how often a run goes back before it has come past the fault; the samples between the
+    checkpoint and the fault are left out"""
     spike: SpikeConfig = SpikeConfig()
     """losses that are finite and yet wrong"""
     repeat_interval: PositiveInt | None = None

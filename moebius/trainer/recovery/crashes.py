@@ -1,44 +1,21 @@
-"""Checkpoints from which a run has crashed again and again, before it wrote the next one."""
+"""Checkpoints from which a run has crashed again and again at the same place."""
 
 from pathlib import Path
 
-from pydantic import NonNegativeInt, PositiveInt
-
-from moebius.config import ConfigNode
-from moebius.files import write_whole
-
-FILE_NAME = "starts.json"
-
-
-class Starts(ConfigNode):
-    """How often in a row a run was started from the same checkpoint."""
-
-    step: NonNegativeInt
-    count: PositiveInt
-
-
-def note_start(folder: Path, step: int) -> int:
-    """Note that a run starts from a checkpoint; how many starts in a row this makes."""
-    before = _read(folder / FILE_NAME)
-    count = before.count + 1 if before is not None and before.step == step else 1
-    write_whole(folder / FILE_NAME, Starts(step=step, count=count).model_dump_json())
-    return count
+from moebius.trainer.recovery.goodput import FILE_NAME, read_accounts
 
 
 def crashed(folder: Path, step: int) -> int:
-    """Starts in a row from a checkpoint, all of which have ended in a crash."""
-    before = _read(folder / FILE_NAME)
-    return before.count if before is not None and before.step == step else 0
+    """How often a run that was started from a checkpoint has crashed at the furthest step that it
+    has ever reported.
 
-
-def note_progress(folder: Path) -> None:
-    """The run has come further than the checkpoint it started from, or ended as it should."""
-    (folder / FILE_NAME).unlink(missing_ok=True)
-
-
-def _read(path: Path) -> Starts | None:
-    """A file that is damaged tells nothing."""
-    try:
-        return Starts.model_validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
+    Crashes at other steps, as those of killed processes are, do not tell against a checkpoint.
+    """
+    attempts = read_accounts(folder / FILE_NAME)
+    furthest = max((attempt.accounts[-1].step for attempt in attempts), default=0)
+    return sum(
+        attempt.accounts[0].step == step
+        and attempt.accounts[-1].step == furthest
+        and not attempt.ended
+        for attempt in attempts
+    )

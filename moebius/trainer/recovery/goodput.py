@@ -32,6 +32,8 @@ class Attempt:
     """Accounts of one attempt, the first from its beginning."""
 
     accounts: list[Account] = field(default_factory=list)
+    ended: bool = False
+    """by itself, not by a crash"""
 
     @property
     def began(self) -> float:
@@ -62,9 +64,11 @@ def goodput(attempts: Sequence[Attempt]) -> dict[str, float]:
     return {name: value / total if total > 0 else 0.0 for name, value in seconds.items()}
 
 
-def write_account(path: Path, account: Account, begins: bool) -> None:
-    """Append an account, the first one of an attempt or not."""
-    line = {"begins": begins, **vars(account)}
+def write_account(
+    path: Path, account: Account, *, begins: bool = False, ends: bool = False
+) -> None:
+    """Append an account, perhaps the first one or the last one of an attempt."""
+    line = {"begins": begins, "ends": ends, **vars(account)}
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -78,10 +82,11 @@ def read_accounts(path: Path) -> list[Attempt]:
         try:
             line = json.loads(text)
             account = Account(float(line["at"]), int(line["step"]), dict(line["seconds"]))
-            begins = bool(line["begins"])
+            begins, ends = bool(line["begins"]), bool(line["ends"])
         except (ValueError, KeyError, TypeError):
             continue
         if begins or not attempts:
             attempts.append(Attempt())
         attempts[-1].accounts.append(account)
+        attempts[-1].ended = ends
     return attempts

@@ -56,9 +56,10 @@ class Progress:
         self.listeners: list[Callable[[str, str], None]] = []
         self.current: Section = "start"
         self.step = NO_STEP
+        self.began = time.monotonic()
         self._marks = 0
         self._seconds: dict[str, float] = {}
-        self._counted = time.monotonic()
+        self._counted = self.began
         self.mark()
 
     @contextmanager
