@@ -210,6 +210,23 @@ def test_a_damaged_newest_checkpoint_while_the_run_goes_on(
     assert "model-00000.safetensors was changed after its commit" in text
 
 
+def test_a_signal_to_one_process_stops_and_saves_all(
+    run_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """SIGTERM, twice in a moment, as schedulers send it; the run then goes on as if undisturbed."""
+    signals = {"kind": "terminate", "rank": 1, "step": 5, "times": 2}
+    tree = tree_in(run_tree, tmp_path / "run", signals)
+    first = attempt(words(tree, tmp_path), 2, 0, tmp_path / "a.log")
+    assert first.exit_codes == [75, 75], first.output
+    assert "stopped at step 6 of 16: SIGTERM" in first.output
+    assert LocalStorage(tmp_path / "run" / "checkpoints").steps()[-1] == 6
+    second = attempt(words(tree, tmp_path), 2, 1, tmp_path / "b.log")
+    assert second.succeeded, second.output
+    whole = tree_in(run_tree, tmp_path / "whole")
+    until_done(words(whole, tmp_path / "w"), [(2, ())], tmp_path / "whole-logs", 1)
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
 def test_stops_at_a_time_limit_and_by_a_file(run_tree: dict[str, Any], tmp_path: Path) -> None:
     slow = {"kind": "slow", "rank": 1, "phase": "data", "seconds": 0.5, "times": 100}
     tree = tree_in(run_tree, tmp_path / "run", slow)

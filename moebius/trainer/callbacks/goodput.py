@@ -31,10 +31,8 @@ class GoodputCallback(Callback):
         """seconds of this process that belong to an attempt that has ended"""
 
     def on_start(self, run: Run) -> None:
-        """Begin an attempt, or the first one of a run that was begun anew."""
+        """Begin an attempt."""
         path = run.folder / FILE_NAME
-        if not run.step and not run.skipped:
-            path.unlink(missing_ok=True)
         if self.before:  # the run has gone back, which is no crash
             write_account(path, self.attempts[-1].accounts[-1], ends=True)
         self.attempts = [*read_accounts(path), Attempt()]

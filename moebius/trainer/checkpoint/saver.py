@@ -9,7 +9,7 @@ from itertools import chain
 
 from moebius.errors import CheckpointError
 from moebius.parallel.part import Parts
-from moebius.parallel.together import from_first, gathered, patiently, together
+from moebius.parallel.together import WAIT_SECONDS, from_first, gathered, patiently, together
 from moebius.parallel.world import agree, is_main, rank
 from moebius.trainer.checkpoint.commit import INDEX_NAME, RECORD_NAME, CommitRecord, FileEntry
 from moebius.trainer.checkpoint.files import BLOCK
@@ -27,8 +27,6 @@ from moebius.trainer.checkpoint.retention import outdated
 from moebius.trainer.checkpoint.storage import Storage
 from moebius.trainer.checkpoint.writer import Source, Staging, Writer
 from moebius.trainer.config import CheckpointConfig
-
-WAIT_SECONDS = 0.05
 
 
 class Saver:
@@ -134,13 +132,14 @@ class Saver:
         return ""
 
     def amend(self, record: CommitRecord) -> None:
-        """Change what is said of a checkpoint that is there, but for its files."""
+        """Change what is said of a checkpoint that is there, but for its files and evaluation."""
         together(lambda: self._amend(record), CheckpointError)
 
     def _amend(self, record: CommitRecord) -> None:
         if is_main():
-            files = open_checkpoint(self.storage, record.step).record.files
-            amended = record.model_copy(update={"files": files})
+            there = open_checkpoint(self.storage, record.step).record
+            kept = {"files": there.files, "evaluation": there.evaluation}
+            amended = record.model_copy(update=kept)
             self.storage.amend(record.step, RECORD_NAME, amended.text())
 
     def retain(self) -> list[int]:

@@ -45,10 +45,19 @@ class Fault(ConfigNode):
     """Something bad that happens to a process at some point of the training."""
 
     kind: Literal[
-        "kill", "stop", "exception", "nan", "spike", "flip", "slow", "full_disk", "corrupt"
+        "kill",
+        "stop",
+        "terminate",
+        "exception",
+        "nan",
+        "spike",
+        "flip",
+        "slow",
+        "full_disk",
+        "corrupt",
     ]
-    """kill: SIGKILL; stop: SIGSTOP; nan: a gradient; spike: the loss; flip: one bit of a gradient;
-    slow: sleep; corrupt: a byte of the newest checkpoint"""
+    """kill: SIGKILL; stop: SIGSTOP; terminate: SIGTERM; nan: a gradient; spike: the loss; flip: one
+    bit of a gradient; slow: sleep; corrupt: a byte of the newest checkpoint"""
     rank: NonNegativeInt = 0
     step: NonNegativeInt | None = None
     """steps done before it; null: any"""
@@ -148,6 +157,8 @@ class FaultInjector:
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault.kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        elif fault.kind == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
         elif fault.kind == "exception":
             raise RuntimeError("an injected fault")
         elif fault.kind == "slow":
