@@ -24,14 +24,19 @@ def check_folder(config: RunConfig) -> None:
         check_same_run(config, load_config(path), Path(config.run_dir))
 
 
-def check_same_run(config: RunConfig, found: RunConfig, where: Path | str) -> None:
-    """Raise CheckpointError where `found`, read at `where`, is the config of another run."""
+def differences(config: RunConfig, found: RunConfig) -> list[str]:
+    """The settings in which a config is another run's than one that was found, as old -> new."""
     wanted, there = identity(config), identity(found)
-    changes = [
+    return [
         f"{name}: {there.get(name)} -> {wanted.get(name)}"
         for name in sorted(there.keys() | wanted.keys())
         if there.get(name) != wanted.get(name)
     ]
+
+
+def check_same_run(config: RunConfig, found: RunConfig, where: Path | str) -> None:
+    """Raise CheckpointError where `found`, read at `where`, is the config of another run."""
+    changes = differences(config, found)
     if changes:
         raise CheckpointError(
             f"run_dir: '{where}' belongs to another config ({'; '.join(changes)})",

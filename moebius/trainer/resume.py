@@ -12,7 +12,7 @@ from moebius.trainer.checkpoint.loader import Checkpoint, Refused, fill, newest_
 from moebius.trainer.checkpoint.plan import KINDS, check_index
 from moebius.trainer.checkpoint.tensors import model_shapes, optimizer_shapes
 from moebius.trainer.config import RunConfig, depends_on_micro_batch
-from moebius.trainer.folder import check_mixture, check_same_run
+from moebius.trainer.folder import check_mixture, check_same_run, differences
 from moebius.trainer.recovery.crashes import crashed
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def resume(run: Run, allow_changes: bool = False) -> RunConfig | None:
             [(step, reason) for step, reason in poisoned if reason],
             allow_changes,
         )
+    changes = differences(run.config, found) if found is not None else []
+    if changes:  # which were allowed
+        run.tell("changed", "; ".join(changes))
     return found
 
 

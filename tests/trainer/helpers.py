@@ -14,17 +14,9 @@ from torch import Tensor
 
 from moebius.data.corpus import open_corpora
 from moebius.parallel.world import is_main
-from moebius.trainer.callbacks.audit import AuditCallback
 from moebius.trainer.callbacks.base import Callback, StepReport
-from moebius.trainer.callbacks.checkpointing import CheckpointCallback
-from moebius.trainer.callbacks.console import ConsoleCallback
-from moebius.trainer.callbacks.evaluation import EvaluationCallback
-from moebius.trainer.callbacks.events import EventLog
-from moebius.trainer.callbacks.goodput import GoodputCallback
-from moebius.trainer.callbacks.guard import GuardCallback
-from moebius.trainer.callbacks.metrics import MetricsCallback
-from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
-from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
+from moebius.trainer.callbacks.interrupt import InterruptCallback
+from moebius.trainer.commands.train import callbacks_of
 from moebius.trainer.config import RunConfig
 from moebius.trainer.folder import check_folder, claim_folder, lock_folder
 from moebius.trainer.loop import train
@@ -51,24 +43,11 @@ class StopAfter(Callback):
 def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
     """Train as `moebius train` does, without a terminal and without signals."""
     check_folder(config)
+    quiet = Console(file=open(os.devnull, "w"))  # noqa: SIM115
     callbacks = [
         StopAfter(stop_after),
-        GuardCallback(config.recovery),
-        MetricsCallback(),
-        EvaluationCallback(),
-        CheckpointCallback(),
+        *(c for c in callbacks_of(config, quiet) if not isinstance(c, InterruptCallback)),
     ]
-    if is_main():
-        callbacks += [
-            ConsoleCallback(Console(file=open(os.devnull, "w"))),  # noqa: SIM115
-            EventLog(),
-            GoodputCallback(),
-            JsonlSink(),
-            TensorBoardSink(),
-            RoutingRecorder(),
-        ]
-    if config.log.audit:
-        callbacks.append(AuditCallback())
     run = Run(config, open_corpora(config.data), callbacks)
     with lock_folder(run.folder) if is_main() else nullcontext():
         resume(run)

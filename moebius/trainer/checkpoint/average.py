@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from moebius.errors import CheckpointError
@@ -23,7 +23,7 @@ from moebius.files import sync
 from moebius.parallel.part import Box, Chunk, Part
 from moebius.trainer.checkpoint.commit import INDEX_NAME, RECORD_NAME, CommitRecord, FileEntry
 from moebius.trainer.checkpoint.files import DTYPES, Item, write_tensors, writing
-from moebius.trainer.checkpoint.loader import Checkpoint, files_of
+from moebius.trainer.checkpoint.loader import Checkpoint, files_of, reading, values
 from moebius.trainer.checkpoint.plan import Index, check_index, key, reads, write_index
 from moebius.trainer.checkpoint.storage import Storage
 from moebius.trainer.checkpoint.writer import check
@@ -36,7 +36,7 @@ class OpenModel:
         self.checkpoint = checkpoint
         self.files: dict[str, Any] = {}
         for file in files_of(checkpoint.record, ("model",)):
-            with _reading(checkpoint, file):
+            with reading(checkpoint, file):
                 at = checkpoint.storage.open(checkpoint.record.step, file)
                 path = stack.enter_context(at)
                 self.files[file] = stack.enter_context(safe_open(str(path), "pt"))
@@ -44,23 +44,12 @@ class OpenModel:
     def read(self, name: str, box: Box) -> Tensor:
         """A box of a tensor. Raises CheckpointError where a file lacks some of it."""
         index = self.checkpoint.index
-        values = torch.empty(box.sizes, dtype=DTYPES[index[name].dtype])
-        part = Part(index[name].shape, values.dtype, (Chunk(box, values),), values)
+        whole = torch.empty(box.sizes, dtype=DTYPES[index[name].dtype])
+        part = Part(index[name].shape, whole.dtype, (Chunk(box, whole),), whole)
         for item in reads(index, {name: part}):
-            where = item.box.within(item.source)
-            with _reading(self.checkpoint, item.file):
-                file = self.files[item.file]
-                saved = file.get_slice(item.key)[where] if where else file.get_tensor(item.key)
-            values[item.box.within(box)].copy_(saved)
-        return values
-
-
-@contextmanager
-def _reading(checkpoint: Checkpoint, file: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint '{checkpoint.name}': {file}: {error}") from None
+            with reading(self.checkpoint, item.file):
+                whole[item.box.within(box)].copy_(values(self.files[item.file], item))
+        return whole
 
 
 def average(
@@ -145,7 +134,7 @@ def _mean(models: Sequence[OpenModel], name: str, box: Box) -> Tensor:
 def _copy(checkpoint: Checkpoint, file: str, path: Path) -> None:
     """Copy a file and read it back. Raises CheckpointError where it is not what was committed."""
     with (
-        _reading(checkpoint, file),
+        reading(checkpoint, file),
         checkpoint.storage.open(checkpoint.record.step, file) as source,
         writing(path),
     ):

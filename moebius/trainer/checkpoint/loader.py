@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -153,7 +154,7 @@ def fill(checkpoint: Checkpoint, parts: Parts, go_on: Callable[[], None] = lambd
         wanted[read.file].append(read)
     for file, items in sorted(wanted.items()):
         with (
-            _reading(checkpoint, file),
+            reading(checkpoint, file),
             checkpoint.storage.open(checkpoint.record.step, file) as at,
         ):
             _copy(at, items, parts)
@@ -165,13 +166,19 @@ def _copy(path: object, items: Sequence[Read], parts: Parts) -> None:
         for item in items:
             chunk = parts[item.name].chunks[item.chunk]
             target = chunk.tensor[item.box.within(chunk.box)]
-            where = item.box.within(item.source)
-            saved: Tensor = file.get_slice(item.key)[where] if where else file.get_tensor(item.key)
-            target.copy_(saved)
+            target.copy_(values(file, item))
+
+
+def values(file: Any, item: Read) -> Tensor:
+    """What is to be read of an open tensor file."""
+    where = item.box.within(item.source)
+    found: Tensor = file.get_slice(item.key)[where] if where else file.get_tensor(item.key)
+    return found
 
 
 @contextmanager
-def _reading(checkpoint: Checkpoint, file: str) -> Iterator[None]:
+def reading(checkpoint: Checkpoint, file: str) -> Iterator[None]:
+    """Turn what a tensor file cannot give into one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from moebius.parallel.mesh import Axes
 from moebius.parallel.schedule import plan
 from moebius.parallel.world import check_alike, from_main, is_main, joined, main_first, world_size
 from moebius.trainer.callbacks.audit import AuditCallback
+from moebius.trainer.callbacks.base import Callback
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.console import ConsoleCallback
 from moebius.trainer.callbacks.evaluation import EvaluationCallback
@@ -116,25 +118,7 @@ def _train(
     if config.data.bad_shards == "quarantine":
         with progress.section("prepare"):
             quarantined = from_main("quarantine", lambda: find_bad_shards(corpora, say), store)
-    callbacks = [
-        InterruptCallback(),
-        GuardCallback(config.recovery),
-        MetricsCallback(),
-        EvaluationCallback(),
-        CheckpointCallback(),
-    ]
-    if is_main():
-        callbacks += [
-            ConsoleCallback(console),
-            EventLog(),
-            GoodputCallback(),
-            JsonlSink(),
-            TensorBoardSink(),
-            RoutingRecorder(),
-        ]
-    if config.log.audit:
-        callbacks.append(AuditCallback())
-    training = Run(config, corpora, callbacks, quarantined, progress)
+    training = Run(config, corpora, callbacks_of(config, console), quarantined, progress)
     if injector is not None:
         injector.attach(training)
     if quarantined and isinstance(training.stream, TrainStream):
@@ -159,20 +143,44 @@ def _train(
             train(training)
         finally:
             training.stream.close()
-    again = shlex.join(["moebius", "train", arguments.config, *arguments.overrides])
-    folder = training.folder
-    interrupted = training.step < config.train.num_steps
-    lines = [f"curves:   tensorboard --logdir {folder / 'tensorboard'}"]
-    if interrupted:
-        why = reason(training.agreed["stop"])
-        lines.append(f"stopped at step {training.step} of {config.train.num_steps}: {why}")
+    for line in farewell(training, shlex.join([arguments.config, *arguments.overrides])):
+        say(line)
+    return 0 if training.step == config.train.num_steps else STOPPED
+
+
+def callbacks_of(config: RunConfig, console: Console) -> list[Callback]:
+    """What surrounds the training on this process."""
+    callbacks: list[Callback] = [
+        InterruptCallback(),
+        GuardCallback(config.recovery),
+        MetricsCallback(),
+        EvaluationCallback(),
+        CheckpointCallback(),
+    ]
+    if is_main():
+        callbacks += [
+            ConsoleCallback(console),
+            EventLog(),
+            GoodputCallback(),
+            JsonlSink(),
+            TensorBoardSink(),
+            RoutingRecorder(),
+        ]
+    if config.log.audit:
+        callbacks.append(AuditCallback())
+    return callbacks
+
+
+def farewell(run: Run, words: str) -> Iterator[str]:
+    """Lines that say what has been done and what comes next; `words` started the run."""
+    folder, last = run.folder, run.config.train.num_steps
+    yield f"curves:   tensorboard --logdir {folder / 'tensorboard'}"
+    if run.step < last:
+        yield f"stopped at step {run.step} of {last}: {reason(run.agreed['stop'])}"
     else:
-        lines.append(f"generate: moebius generate {folder} --prompt 'def '")
-        lines.append(f"evaluate: moebius evaluate {folder}")
-    lines.append(f"resume:   {again}   (continues after step {training.step} from {folder})")
-    for line in lines:
-        _print(console, line)
-    return STOPPED if interrupted else 0
+        yield f"generate: moebius generate {folder} --prompt 'def '"
+        yield f"evaluate: moebius evaluate {folder}"
+    yield (f"resume:   moebius train {words}   (continues after step {run.step} from {folder})")
 
 
 def _print(console: Console, line: str) -> None:
