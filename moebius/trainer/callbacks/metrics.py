@@ -38,17 +38,21 @@ class MetricsCallback(Callback):
         self.seconds = 0.0
         self.steps = 0
         self.began = 0.0
+        self.waited = 0.0
+        self.busy = 0.0
+        """seconds in steps without those in which other processes were waited for"""
         self.slow: list[int] = []
         """ranks that were late in the last report"""
 
     def on_start(self, run: Run) -> None:
         """Measure the machine, and count from here."""
-        self.seconds, self.steps = 0.0, 0
+        self.seconds, self.busy, self.steps = 0.0, 0.0, 0
         self._measure(run, seconds=0.3)
 
     def on_step_start(self, run: Run) -> None:
         """Start the clock."""
         self.began = time.perf_counter()
+        self.waited = run.layout.mesh.traffic.waited
 
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """Stop the clock, after the device caught up if this step is to be reported."""
@@ -61,16 +65,16 @@ class MetricsCallback(Callback):
                 "train/lr": report.lr,
                 "train/tokens": float(run.stream.position * config.data.sequence_length),
             }
-        self.seconds += time.perf_counter() - self.began
+        passed = time.perf_counter() - self.began
+        self.seconds += passed
+        self.busy += passed - (run.layout.mesh.traffic.waited - self.waited)
         self.steps += 1
         if metrics:
             routing = routing_metrics(run.blueprint, report.ledger)
-            taken = run.layout.mesh.traffic.take()
-            traffic = communication(taken, self.steps)
-            self._compare(run, max(self.seconds - taken.waited, 0.0) / self.steps)
-            speed = self._speed(run, report)
+            traffic = communication(run.layout.mesh.traffic.take(), self.steps)
+            speed = self._speed(run, report) | self._compare(run, self.busy / self.steps)
             run.publish(metrics | routing | traffic | speed | mixture_metrics(run))
-            self.seconds, self.steps, run.stream.waited = 0.0, 0, 0.0
+            self.seconds, self.busy, self.steps, run.stream.waited = 0.0, 0.0, 0, 0.0
 
     def _speed(self, run: Run, report: StepReport) -> dict[str, float]:
         """MFU counts executed FLOPs: chosen FFN experts and selected tokens, not possible ones."""
@@ -93,8 +97,8 @@ class MetricsCallback(Callback):
             "speed/mfu_nominal": nominal * steps_per_second / peak,
         }
 
-    def _compare(self, run: Run, busy: float) -> None:
-        """Tell of processes that work longer than the others; a collective call.
+    def _compare(self, run: Run, busy: float) -> dict[str, float]:
+        """Compare how long processes work, and tell of those that do longer; a collective call.
 
         The time of a step is the same for all: who is fast waits. What FSDP2 and DeepSpeed wait for
         by themselves, and a device for others, is not known and counts as work.
@@ -108,6 +112,9 @@ class MetricsCallback(Callback):
                 f"rank {number} works {seconds[number]:.3g} s per step, {ratio:.1f} times the "
                 "median of all",
             )
+        slowest = max(range(len(seconds)), key=lambda number: seconds[number])
+        ratio = seconds[slowest] / max(statistics.median(seconds), 1e-9)
+        return {"speed/slowest_rank": float(slowest), "speed/slowest_over_median": ratio}
 
     def _measure(self, run: Run, seconds: float) -> None:
         """Keep the best rate seen: measured once, another process could halve it for good."""
