@@ -59,6 +59,7 @@ class Fault(ConfigNode):
     """kill: SIGKILL; stop: SIGSTOP; terminate: SIGTERM; nan: a gradient; spike: the loss; flip: one
     bit of a gradient; slow: sleep; corrupt: a byte of the newest checkpoint"""
     rank: NonNegativeInt = 0
+    """of the process"""
     step: NonNegativeInt | None = None
     """steps done before it; null: any"""
     sample: NonNegativeInt | None = None
