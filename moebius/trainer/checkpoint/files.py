@@ -31,7 +31,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BLOCK = 1 << 20
+BLOCK = 4 << 20
 """bytes that are written or read at a time"""
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, get_native_id
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from moebius.trainer.checkpoint.files import BLOCK, Item, write_tensors, writing
 from moebius.trainer.checkpoint.storage import Storage
 
 ABANDON_SECONDS = 10.0
+NICE = 10
+"""the training goes first where there are too few cores for both"""
 
 
 class AbandonedError(Exception):
@@ -135,6 +138,8 @@ class Writer:
         return copy
 
     def _run(self) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)
         try:
             for file, items in self._files.items():
                 self.entries[file] = self._write(file, items)
