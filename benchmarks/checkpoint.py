@@ -42,8 +42,8 @@ from moebius.trainer.config import CheckpointConfig
 from moebius.trainer.config_file import load_config
 from moebius.trainer.optim import OptimConfig, build_optimizer
 
-PAIRS = 7
-ROWS, LENGTH = 4, 256
+PAIRS = 16
+ROWS, LENGTH = 3, 256
 
 
 def build() -> tuple[Layout, TokenBatch]:
@@ -100,11 +100,12 @@ def peak() -> Iterator[Callable[[], int]]:
 
 
 def beside_training(layout: Layout, batch: TokenBatch, folder: Path) -> dict[str, Any]:
-    """Steps all of which a save is written beside, and as many without, in turn."""
+    """Steps all of which a save is written beside, and as many without before and after."""
     saver = Saver(LocalStorage(folder), CheckpointConfig(keep=1))
     saver.begin(record(0), layout.parts())  # allocates what the others use again
     saver.settle()
     train_step(layout, batch)
+    before = train_step(layout, batch)
     stalls, during, without, both = [], [], [], []
     for number in range(1, PAIRS + 1):
         began = time.perf_counter()
@@ -116,10 +117,11 @@ def beside_training(layout: Layout, batch: TokenBatch, folder: Path) -> dict[str
             if saver.writing or not beside:
                 beside.append(seconds)
         saver.settle()
-        alone = [train_step(layout, batch) for _ in beside]
+        after = statistics.mean(train_step(layout, batch) for _ in beside)
         during.append(statistics.mean(beside))
-        without.append(statistics.mean(alone))
-        both.append((stalls[-1] + sum(beside)) / sum(alone))
+        without.append((before + after) / 2)  # the machine's speed drifts
+        both.append((stalls[-1] / len(beside) + during[-1]) / without[-1])
+        before = after
     return {
         "pairs": PAIRS,
         "seconds_of_a_step": statistics.median(without),
