@@ -18,6 +18,7 @@ from moebius.trainer.callbacks.sinks import JsonlSink
 from moebius.trainer.config import RunConfig
 from moebius.trainer.config_file import load_config
 from moebius.trainer.loop import train
+from moebius.trainer.resume import resume
 from moebius.trainer.run import Run
 from tests.conftest import QUIET
 from tests.trainer.helpers import REPOSITORY, logged, saved_state
@@ -101,7 +102,7 @@ def run_to_the_end(config: RunConfig, corpora: Corpora) -> tuple[Run, LastLoad]:
     ]
     run = Run(config, corpora, callbacks)
     run.folder.mkdir(parents=True, exist_ok=True)
-    run.resume()
+    resume(run)
     train(run)
     return run, load
 
