@@ -139,7 +139,8 @@ class Writer:
 
     def _run(self) -> None:
         if sys.platform == "linux":  # where a thread has a priority of its own
-            os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)
+            with suppress(OSError):  # a sandbox may forbid it
+                os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)
         try:
             for file, items in self._files.items():
                 self.entries[file] = self._write(file, items)
