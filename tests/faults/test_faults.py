@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,7 @@ def test_too_many_of_them_send_the_run_back(run_tree: dict[str, Any], tmp_path: 
     told = [text for kind, text in events(tmp_path / "whole") if kind == "rewound"]
     assert len(told) == 1
     assert "2 steps before were left out already; from step 12 back to step 8" in told[0]
-    assert f"without samples {8 * ROWS} to {12 * ROWS - 1}" in told[0] or "13" in told[0]
+    assert f"without samples {8 * ROWS} to {12 * ROWS - 1}" in told[0]
     assert logged(tmp_path / "whole") == logged(tmp_path / "killed")
     rows = read_audit(tmp_path / "whole" / "audit")
     assert not set(range(8 * ROWS, 12 * ROWS)) & set(rows[:, 0].tolist())
@@ -240,10 +239,8 @@ def test_stops_at_a_time_limit_and_by_a_file(run_tree: dict[str, Any], tmp_path:
     assert second.exit_codes == [75, 75]
     assert "a file STOP in run_dir" in second.output
     (tmp_path / "run" / "STOP").unlink()
-    began = time.monotonic()
     third = attempt(words(tree, tmp_path), 2, 2, tmp_path / "c.log")
     assert third.succeeded, third.output
-    assert time.monotonic() > began
     steps = [line["step"] for line in logged(tmp_path / "run") if "train/loss" in line]
     assert steps == list(range(1, 17))
 
