@@ -1,0 +1,1 @@
+"""Triton sources, one file per operation; only what chooses a backend imports them."""
