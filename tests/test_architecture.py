@@ -17,8 +17,13 @@ ALLOWED = {
 }
 SHARED = {"errors", "config", "files"}
 """modules at the top of the package, which every room but `kernels` may use"""
-KERNELS_MAY = {"torch", "triton", "moebius", "math", "collections", "dataclasses", "typing"}
-"""of the standard library only what describes data"""
+KERNELS_MAY = {"torch", "triton", "megablocks", "flash_attn", "moebius", "math", "collections"} | {
+    "dataclasses",
+    "typing",
+    "functools",
+    "importlib",
+}
+"""of the standard library only what describes data, and what finds a backend"""
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -4,9 +4,71 @@ Shapes: B rows, S tokens, J keys, L places of a full row, H query heads, G key-v
 channels of one head.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moebius.kernels.block_attention import block_attention
+
+LONGEST_IN_BLOCKS = 1024
+"""slots of a row up to which the probabilities of all pairs of blocks are kept"""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Whom each of S queries may look at among J keys; what is needed of it is made once."""
+
+    make_mask: Callable[[], Tensor]
+    segment_ids_BS: Tensor | None = None
+    """where keys are those of the queries, in order: the document of each slot, those of a document
+    side by side. Then every slot sees the earlier ones of its document and itself; what empty slots
+    at the end of a row see does not matter"""
+
+    @cached_property
+    def mask_BSJ(self) -> Tensor:
+        """Bool; no row of it is all false."""
+        return self.make_mask()
+
+    @cached_property
+    def begins(self) -> list[list[int]]:
+        """For each row the slots where a document begins, ascending; the host waits for them."""
+        first_BS = self._first_BS.tolist()
+        return [[slot for slot, begins in enumerate(row) if begins] for row in first_BS]
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """0 and the ends of all documents, rows laid end to end, int32."""
+        starts = self._first_BS.flatten().nonzero().squeeze(1)
+        return torch.cat([starts, starts.new_tensor([self._first_BS.numel()])]).to(torch.int32)
+
+    @cached_property
+    def longest(self) -> int:
+        """Slots of the longest document."""
+        return int(self.ends.diff().max())
+
+    @property
+    def _first_BS(self) -> Tensor:
+        """Whether a document begins at a slot."""
+        assert self.segment_ids_BS is not None
+        first_BS = torch.ones_like(self.segment_ids_BS, dtype=torch.bool)
+        first_BS[:, 1:] = self.segment_ids_BS[:, 1:] != self.segment_ids_BS[:, :-1]
+        return first_BS
+
+
+def sdpa(q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: Sight) -> Tensor:
+    """`masked_attention`: the definition, for any mask."""
+    return masked_attention(q_BSHC, k_BJGC, v_BJGC, sight.mask_BSJ)
+
+
+def blocks(q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: Sight) -> Tensor:
+    """`block_attention` where keys are those of the queries and rows are short, else `sdpa`."""
+    if sight.segment_ids_BS is None or q_BSHC.shape[1] > LONGEST_IN_BLOCKS:
+        return sdpa(q_BSHC, k_BJGC, v_BJGC, sight)
+    return block_attention(q_BSHC, k_BJGC, v_BJGC, sight.begins)
 
 
 def document_mask(segment_ids_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +43,17 @@ class ExitLosses:
     """divergence from the teacher, summed over tokens; zeros without one"""
 
 
+class RowLosses(Protocol):
+    """Reads the logits of a chunk as the product left them, each row on its own."""
+
+    def __call__(self, logits_CV: Tensor, labels_C1: Tensor, with_gradients: bool) -> Tensor:
+        """Cross-entropy of each token, `[C]` in nats, in fp32 or for logits in fp64 in that.
+
+        Leaves in `logits`, which are contiguous, its gradient by them (softmax, less 1 at the
+        label) if there are to be gradients, and else anything.
+        """
+
+
 def linear_cross_entropy(
     hidden_XTD: Sequence[Tensor],
     weight_VD: Tensor,
@@ -52,6 +63,7 @@ def linear_cross_entropy(
     teacher: Teacher | None = None,
     chunk_tokens: int | None = None,
     vocabulary: Vocabulary | None = None,
+    row_losses: RowLosses | None = None,
 ) -> ExitLosses:
     """`sum_x ce[x] * CE_x + kl[x] * KL_x` over exits that share a head; sums over tokens.
 
@@ -72,6 +84,10 @@ def linear_cross_entropy(
     three) for each exit; losses are the whole ones everywhere, gradients those by what is here, so
     that of the hidden states lacks the other parts'.
 
+    `row_losses` stands for a chain of operations, each of which passes over the logits of a chunk;
+    with a teacher or a `vocabulary` it is not used. It needs no second copy of them: `b * C * V`
+    bytes for logits, with products in b bytes.
+
     Under autocast the products run in its dtype, those of the gradients too, else in the inputs';
     losses are summed up in fp32, the weight's gradient in the weight's dtype. There are no second
     derivatives. Raises ValueError for other than X coefficients, T labels or T tokens of the
@@ -85,6 +101,7 @@ def linear_cross_entropy(
     if (teacher is None) != (kl_coefficients is None):
         raise ValueError("a teacher and kl_coefficients are given together or not at all")
     _check_tokens(labels_T, *hidden_XTD, *([] if teacher is None else [teacher.hidden_TD]))
+    whole = teacher is None and vocabulary is None
     request = _Request(
         ce=tuple(ce_coefficients),
         kl=kl,
@@ -92,6 +109,7 @@ def linear_cross_entropy(
         vocabulary=vocabulary,
         chunk_tokens=_chunk_tokens(len(labels_T), len(weight_VD), chunk_tokens),
         with_gradients=torch.is_grad_enabled(),
+        row_losses=row_losses if whole else None,
     )
     losses: tuple[Tensor, Tensor, Tensor] = _ExitLossFunction.apply(  # type: ignore[no-untyped-call]
         request, weight_VD, labels_T, *hidden_XTD
@@ -106,19 +124,24 @@ def token_cross_entropy(
     labels_T: Tensor,
     chunk_tokens: int | None = None,
     vocabulary: Vocabulary | None = None,
+    row_losses: RowLosses | None = None,
 ) -> Tensor:
     """`-log softmax(hidden @ weight.T)[label]` of each token in nats, `[T]`, without a gradient.
 
-    FLOPs: `2 * T * D * V`; dtypes, bytes and errors as in `linear_cross_entropy`.
+    FLOPs: `2 * T * D * V`; dtypes, bytes, `row_losses` and errors as in `linear_cross_entropy`.
     """
     _check_tokens(labels_T, hidden_TD)
+    row_losses = row_losses if vocabulary is None else None
     chunk_tokens = _chunk_tokens(len(labels_T), len(weight_VD), chunk_tokens)
-    head = _Head(weight_VD, chunk_tokens)
-    losses_T = head.logits_CV.new_empty(labels_T.shape)
+    head = _Head(weight_VD, chunk_tokens, with_copy=row_losses is None)
+    losses_T = weight_VD.new_empty(labels_T.shape, dtype=head.loss_dtype)
     for start in range(0, len(labels_T), chunk_tokens):
         rows = slice(start, start + chunk_tokens)
-        logits_CV = head.logits(for_products(hidden_TD[rows]))
-        losses_T[rows] = label_losses_(logits_CV, labels_T[rows].unsqueeze(1), vocabulary)
+        hidden_CD, labels_C1 = for_products(hidden_TD[rows]), labels_T[rows].unsqueeze(1)
+        if row_losses is not None:
+            losses_T[rows] = row_losses(head.product(hidden_CD), labels_C1, with_gradients=False)
+        else:
+            losses_T[rows] = label_losses_(head.logits(hidden_CD), labels_C1, vocabulary)
     return losses_T
 
 
@@ -133,6 +156,8 @@ class _Request:
     chunk_tokens: int
     with_gradients: bool
     """grad mode of the caller; inside of a Function it is always off"""
+    row_losses: RowLosses | None
+    """none with a teacher or a vocabulary in parts"""
 
 
 class _ExitLossFunction(torch.autograd.Function):
@@ -171,11 +196,11 @@ def _exit_losses(
     gradients: "_Gradients",
 ) -> tuple[Tensor, Tensor]:
     """`(ce_X, kl_X)`; fills the gradients on the way."""
-    head = _Head(weight_VD, request.chunk_tokens)
+    head = _Head(weight_VD, request.chunk_tokens, with_copy=request.row_losses is None)
     lesson, vocabulary = None, request.vocabulary
     if request.teacher is not None:
         lesson = _Lesson(request.teacher, request.chunk_tokens, vocabulary)
-    ce_XT = head.logits_CV.new_zeros(len(hidden_XTD), len(labels_T))
+    ce_XT = weight_VD.new_zeros(len(hidden_XTD), len(labels_T), dtype=head.loss_dtype)
     kl_XT = torch.zeros_like(ce_XT)
     for start in range(0, len(labels_T), request.chunk_tokens):
         rows = slice(start, start + request.chunk_tokens)
@@ -184,6 +209,12 @@ def _exit_losses(
             lesson.go_to(rows)
         for x, hidden_TD in enumerate(hidden_XTD):
             hidden_CD = for_products(hidden_TD[rows])
+            if request.row_losses is not None:
+                wanted, logits_CV = gradients.wanted(x), head.product(hidden_CD)
+                ce_XT[x, rows] = request.row_losses(logits_CV, labels_C1, with_gradients=wanted)
+                if wanted:
+                    gradients.add(x, rows, logits_CV, hidden_CD, head, request.ce[x])
+                continue
             logits_CV = head.logits(hidden_CD)
             ce_XT[x, rows] = label_losses_(logits_CV, labels_C1, vocabulary)
             if lesson is not None:
@@ -201,19 +232,24 @@ class _Head:
     and on a CPU fresh pages cost several times a pass over them.
     """
 
-    def __init__(self, weight_VD: Tensor, chunk_tokens: int) -> None:
+    def __init__(self, weight_VD: Tensor, chunk_tokens: int, with_copy: bool = True) -> None:
         self.weight_VD = for_products(weight_VD)
         dtype = self.weight_VD.dtype
+        self.loss_dtype = torch.promote_types(dtype, torch.float32)
         self.product_CV = weight_VD.new_empty(chunk_tokens, len(weight_VD), dtype=dtype)
         self.logits_CV = self.product_CV
         """in the dtype of losses: the same memory unless products run in low precision"""
-        if dtype != torch.promote_types(dtype, torch.float32):
-            self.logits_CV = torch.empty_like(self.product_CV, dtype=torch.float32)
+        if with_copy and dtype != self.loss_dtype:
+            self.logits_CV = torch.empty_like(self.product_CV, dtype=self.loss_dtype)
+
+    def product(self, hidden_CD: Tensor) -> Tensor:
+        """`hidden @ weight.T` in the dtype of products, in the buffer."""
+        product_CV = self.product_CV[: len(hidden_CD)]
+        return torch.mm(hidden_CD, self.weight_VD.T, out=product_CV)
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
-        """`hidden @ weight.T` in the dtype of losses, in the buffer."""
-        product_CV = self.product_CV[: len(hidden_CD)]
-        torch.mm(hidden_CD, self.weight_VD.T, out=product_CV)
+        """The same in the dtype of losses."""
+        product_CV = self.product(hidden_CD)
         if self.logits_CV is self.product_CV:
             return product_CV
         return self.logits_CV[: len(hidden_CD)].copy_(product_CV)

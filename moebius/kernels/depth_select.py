@@ -17,6 +17,18 @@ def top_k_mask(scores_BS: Tensor, k: int) -> Tensor:
     return mask.scatter_(1, order[:, :k], True)
 
 
+def top_k_positions(scores_BS: Tensor, k: int) -> Tensor:
+    """Positions of the k highest scores of each row, ascending, int64 `[B, min(k, S)]`; -1 where a
+    row has fewer: a score of -inf is never chosen, a NaN always. Of equal scores the earlier
+    position wins.
+
+    Reads `4 * B * S` bytes of fp32 scores; `O(B * S)` comparisons for a selection by bisection.
+    """
+    keep_BS = top_k_mask(scores_BS, k) & ~scores_BS.isneginf()
+    positions_BS = torch.arange(scores_BS.shape[1], device=scores_BS.device).expand_as(keep_BS)
+    return compact(positions_BS, keep_BS, k)[0]
+
+
 def top_share_mask(
     scores_BS: Tensor, index_BS: Tensor, segment_ids_BL: Tensor, share: float
 ) -> Tensor:
@@ -97,6 +109,15 @@ def add_rows(x_BSD: Tensor, index_BK: Tensor, rows_BKD: Tensor) -> Tensor:
     rows = rows_BKD.masked_fill((index_BK < 0).unsqueeze(-1), 0).to(x_BSD.dtype)
     index = index_BK.clamp(min=0).unsqueeze(-1).expand_as(rows)
     return x_BSD.scatter_add(1, index, rows)
+
+
+def add_gated_rows(x_BSD: Tensor, index_BK: Tensor, gate_BK: Tensor, rows_BKD: Tensor) -> Tensor:
+    """`x` with `gate * rows` added at their positions; rows of empty slots are ignored.
+
+    Positions of a row differ. In one pass it reads x and rows and writes the result, `b * B * D *
+    (2 * S + K)` bytes for elements of b bytes; `2 * B * K * D` FLOPs.
+    """
+    return add_rows(x_BSD, index_BK, gate_BK.unsqueeze(-1) * rows_BKD)
 
 
 def replace_rows(x_BSD: Tensor, index_BK: Tensor, rows_BKD: Tensor) -> Tensor:

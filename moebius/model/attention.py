@@ -6,9 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moebius.kernels.attention import masked_attention, stick_breaking_attention
+from moebius.kernels.attention import Sight, stick_breaking_attention
 from moebius.kernels.depth_select import replace_rows
-from moebius.kernels.rope import apply_rope
 from moebius.model.carry import Carry, RowKeys
 from moebius.model.config import AttentionConfig, AttentionShape, ModelConfig
 from moebius.model.context import DepthContext, TokenContext
@@ -46,7 +45,7 @@ class Attention(ParameterModule):
         """Mix each token with the earlier present tokens of its document, `[B, S, D]`."""
         rotates = self.config.positions == "rope"
         cos_BSC, sin_BSC = ctx.tokens.rope_BQC
-        deep = self.config.depth_attention
+        deep, apply_rope = self.config.depth_attention, ctx.step.kernels.apply_rope
 
         def compute(x_BSD: Tensor) -> tuple[Tensor, RowKeys | None, Tensor | None, Tensor | None]:
             x_BSD = self.region.enter(x_BSD)
@@ -105,12 +104,13 @@ def attend(
     passes share keys, those that the row's tokens have left (Mixture-of-Recursions, section 2.3).
     Also returns what the row has left after this visit, where later passes want it.
     """
-    core = masked_attention if config.core == "softmax" else stick_breaking_attention
+    core = ctx.step.kernels.attention if config.core == "softmax" else _stick_breaking
     cache = ctx.step.cache
     if cache is not None:
 
         def look(part: DepthContext, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
-            return core(q, *cache.extend(part, k, v, kv))
+            k_BJGC, v_BJGC, mask_BSJ = cache.extend(part, k, v, kv)
+            return core(q, k_BJGC, v_BJGC, Sight(lambda: mask_BSJ))
 
         mixed: Tensor = ctx.by_visit(look, q_BSHC, k_BSGC, v_BSGC)
         return mixed, None
@@ -118,15 +118,19 @@ def attend(
         assert k_BSGC is not None
         assert v_BSGC is not None
         k_BJGC, v_BJGC = ctx.tokens.spread.join(k_BSGC), ctx.tokens.spread.join(v_BSGC)
-        mask_BQJ = ctx.tokens.attention_mask_BQS
-        return ctx.step.run_core(core, q_BSHC, k_BJGC, v_BJGC, mask_BQJ), None
+        return ctx.step.run_core(core, q_BSHC, k_BJGC, v_BJGC, ctx.tokens.sight), None
     left = carry.row_keys.get(ctx.visit.layer)
     if k_BSGC is not None and v_BSGC is not None:
         k_BJGC, v_BJGC = ctx.tokens.spread.join(k_BSGC), ctx.tokens.spread.join(v_BSGC)
         left = _leave(left if ctx.visit.depth > 1 else None, k_BJGC, v_BJGC, ctx.tokens)
     assert left is not None
     mask_BQL = ctx.tokens.row_mask_BQL(left.present_BL)
-    return ctx.step.run_core(core, q_BSHC, left.k_BLGC, left.v_BLGC, mask_BQL), left
+    sight = Sight(lambda: mask_BQL)
+    return ctx.step.run_core(core, q_BSHC, left.k_BLGC, left.v_BLGC, sight), left
+
+
+def _stick_breaking(q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: Sight) -> Tensor:
+    return stick_breaking_attention(q_BSHC, k_BJGC, v_BJGC, sight.mask_BSJ)
 
 
 def _leave(old: RowKeys | None, k_BSGC: Tensor, v_BSGC: Tensor, tokens: TokenContext) -> RowKeys:

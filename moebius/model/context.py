@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moebius.kernels.attention import document_mask, seen_mask
+from moebius.kernels.attention import Sight, document_mask, seen_mask
 from moebius.kernels.depth_select import take_rows
+from moebius.kernels.registry import PLAIN, Kernels
 from moebius.model.extent import Extent
 from moebius.model.ledger import Ledger
 from moebius.model.moe.replay import RoutingTable
@@ -148,6 +149,12 @@ class TokenContext:
         return self.joined(mask_BQS, empty=False)
 
     @cached_property
+    def sight(self) -> Sight:
+        """Whom each token of the part may look at of the joined ones."""
+        documents_BS = self.segment_ids_BS if self.spread is ALONE else None
+        return Sight(lambda: self.attention_mask_BQS, documents_BS)
+
+    @cached_property
     def rope_BQC(self) -> tuple[Tensor, Tensor]:
         """The rotary tables of the part's tokens."""
         return self.spread.part(self.cos_BSC), self.spread.part(self.sin_BSC)
@@ -205,6 +212,8 @@ class StepContext:
     """decisions that selectors of kind `replay` repeat, by the path they name"""
     cache: KVCache | None = None
     """keys and values of earlier tokens, read and extended; for generation"""
+    kernels: Kernels = PLAIN
+    """how operations are computed"""
     decisions: dict[tuple[Site, str], Tensor] | None = None
     """what routers have chosen, where whole visits are computed again: filled by the first run and
     repeated by the second, in which rounding may be another"""
@@ -225,7 +234,7 @@ class StepContext:
         """
         return _call(function, inputs, again=self.recompute == "full")
 
-    def run_core(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
+    def run_core(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """The middle of a sublayer, without weights; with `selective` its activations are not
         kept."""
         return _call(function, inputs, again=self.recompute == "selective")
@@ -273,7 +282,7 @@ class DepthContext:
         return replace(self, visit=visits[0], parts=parts)
 
 
-def _call(function: Callable[..., Any], inputs: tuple[Tensor, ...], again: bool) -> Any:
+def _call(function: Callable[..., Any], inputs: tuple[Any, ...], again: bool) -> Any:
     if not again or not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moebius.kernels.registry import PLAIN, Kernels
 from moebius.kernels.rope import rope_tables
 from moebius.kernels.vocabulary import Vocabulary, locate
 from moebius.model.bdh import BDHLayer
@@ -87,9 +88,9 @@ class Decoder(ParameterModule):
         attention = self.config.attention
         return rope_tables(positions_BS, attention.head_dim, attention.rope_theta)
 
-    def head_input(self, x_BSD: Tensor) -> Tensor:
+    def head_input(self, x_BSD: Tensor, kernels: Kernels = PLAIN) -> Tensor:
         """What the head reads of the stream."""
-        return self.head_region.enter(self.norm(x_BSD))
+        return self.head_region.enter(self.norm(x_BSD, kernels))
 
     @property
     def head_weight(self) -> Tensor:

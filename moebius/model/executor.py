@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moebius.kernels.cross_entropy import token_cross_entropy
-from moebius.kernels.depth_select import take_rows
+from moebius.kernels.registry import Kernels
 from moebius.model.carry import Carry
 from moebius.model.context import DepthContext, StepContext, TokenContext
 from moebius.model.decoder import Decoder
@@ -82,6 +82,7 @@ class Entered:
     chosen: Selection
     carry: Carry
     """of all tokens"""
+    kernels: Kernels
 
 
 def differentiate(loss: Callable[[], Tensor]) -> None:
@@ -165,9 +166,11 @@ class LocalExecutor:
         with self.autocast(batch.tokens_BS.device):
             hidden, labels_T = self._read_out(batch, step, exits)
             if teacher is None:
-                return exit_losses(self.decoder, labels_T, hidden)
+                return exit_losses(self.decoder, labels_T, hidden, step.kernels)
             lesson = teacher.predict(batch)
-            return exit_losses(self.decoder, labels_T, hidden, lesson, teacher.coefficient)
+            return exit_losses(
+                self.decoder, labels_T, hidden, step.kernels, lesson, teacher.coefficient
+            )
 
     @torch.no_grad()
     def token_losses(
@@ -198,7 +201,7 @@ class LocalExecutor:
         if teacher is not None:
             lesson, coefficient = teacher.predict(batch), teacher.coefficient
         hidden = {len(self.program.visits): hidden_TD}
-        return exit_losses(self.decoder, labels_T, hidden, lesson, coefficient)
+        return exit_losses(self.decoder, labels_T, hidden, step.kernels, lesson, coefficient)
 
     def final_token_losses(self, batch: TokenBatch, tokens: TokenContext, x_BSD: Tensor) -> Tensor:
         """`token_losses` at the last exit from the stream behind the last visit, `[T]`."""
@@ -236,7 +239,8 @@ class LocalExecutor:
         x_BSD = self.decoder.embed(tokens.spread.read(batch.tokens_BS))
         streams = self.streams(x_BSD, tokens, step, exits)
         step.ledger.work.head_tokens += len(exits) * batch.tokens_BS.numel()
-        return {number: self.decoder.head_input(stream) for number, stream in streams.items()}
+        head_input = partial(self.decoder.head_input, kernels=step.kernels)
+        return {number: head_input(stream) for number, stream in streams.items()}
 
     def _read_out(
         self, batch: TokenBatch, step: StepContext, exits: Sequence[int]
@@ -306,7 +310,8 @@ class LocalExecutor:
         state = flow.loop or routing.begin(flow.x_BSD, context, segment.num_passes)
         step.ledger.work.add_candidates(segment.site(depth), state.active_BK.numel())
         state, chosen = routing.admit(state, segment.shares(step.step)[depth - 1], context)
-        return Entered(state, chosen, flow.carry), take_rows(state.inner_BSD, chosen.own_BK)
+        entered = Entered(state, chosen, flow.carry, step.kernels)
+        return entered, step.kernels.take_rows(state.inner_BSD, chosen.own_BK)
 
     def leave(
         self, unit: Unit, entered: Entered, inner_BKD: Tensor, outer_BKD: Tensor, carry: Carry
@@ -314,7 +319,9 @@ class LocalExecutor:
         """Behind the pass, which has made `outer` and `carry` of what the chosen tokens brought."""
         assert unit.segment is not None
         chosen = entered.chosen
-        state = self._routing(unit.segment).absorb(entered.state, chosen, inner_BKD, outer_BKD)
+        state = self._routing(unit.segment).absorb(
+            entered.state, chosen, inner_BKD, outer_BKD, entered.kernels
+        )
         carry = entered.carry.put(chosen.own_BK, carry, state.stream_BSD.shape[1])
         return Flow(state.stream_BSD, carry, None if unit.is_last else state)
 

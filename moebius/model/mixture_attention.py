@@ -6,14 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moebius.kernels.grouped_linear import grouped_linear
-from moebius.kernels.rope import apply_rope
+from moebius.kernels.permute import permute, sort_by_expert, unpermute
 from moebius.model.attention import attend, core_flops, kv_sharing, makes_keys
 from moebius.model.carry import Carry, RowKeys
 from moebius.model.config import MixtureAttentionConfig, ModelConfig
 from moebius.model.context import DepthContext
 from moebius.model.extent import Extent
-from moebius.model.moe.dispatch import LocalDispatcher
 from moebius.model.moe.layer import Executed, nominal_rows
 from moebius.model.moe.router import build_routers, route, router_at
 from moebius.model.parameters import ParameterModule, ParameterSpec, Role
@@ -53,7 +51,6 @@ class MixtureAttention(ParameterModule):
         adapter, depths = model.depth.adapter, place.num_depths
         self.k = VisitLinear(hidden, kv_size, Role.MATRIX, std, adapter, depths)
         self.v = VisitLinear(hidden, kv_size, Role.MATRIX, std, adapter, depths)
-        self.dispatcher = LocalDispatcher()
 
     def forward(self, x_BSD: Tensor, carry: Carry, ctx: DepthContext) -> tuple[Tensor, Carry]:
         """Mix each token with the earlier present tokens of its document, `[B, S, D]`."""
@@ -62,13 +59,15 @@ class MixtureAttention(ParameterModule):
         slots = ids_TK.shape[1]
         rotates = self.config.positions == "rope"
         cos_BSC, sin_BSC = ctx.tokens.rope_BQC
+        apply_rope, linear = ctx.step.kernels.apply_rope, ctx.step.kernels.grouped_linear
 
         def compute(x_BSD: Tensor, weights_TK: Tensor) -> tuple[Tensor, RowKeys | None]:
             x_TD = x_BSD.flatten(0, 1)
-            dispatch = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK, len(self.q))
-            q_RA = grouped_linear(dispatch.rows_RD, self.q, dispatch.ends_E)
+            order = sort_by_expert(ids_TK, len(self.q))
+            rows_RD, weights_R = permute(x_TD, weights_TK, order)
+            q_RA = linear(rows_RD, self.q, order.ends_E)
             q_XA = q_RA.new_zeros(ids_TK.numel(), q_RA.shape[1])
-            q_XA = q_XA.index_copy(0, dispatch.assignment_R, q_RA)
+            q_XA = q_XA.index_copy(0, order.assignment_R, q_RA)
             q_BSHC = self._to_heads(q_XA.view(*x_BSD.shape[:2], slots, q_RA.shape[1]))
             q_BSHC = apply_rope(q_BSHC, cos_BSC, sin_BSC) if rotates else q_BSHC
             k_BSGC = v_BSGC = None
@@ -78,10 +77,10 @@ class MixtureAttention(ParameterModule):
                 k_BSGC = apply_rope(k_BSGC, cos_BSC, sin_BSC) if rotates else k_BSGC
             mixed_BSHC, keys = attend(q_BSHC, k_BSGC, v_BSGC, carry, ctx, self.config, self.kv)
             mixed_XA = self._from_heads(mixed_BSHC, slots).reshape(q_XA.shape)
-            mixed_RA = mixed_XA.index_select(0, dispatch.assignment_R)
-            mixed_RA = mixed_RA * dispatch.weights_R.to(mixed_RA.dtype).unsqueeze(1)
-            rows_RD = grouped_linear(mixed_RA, self.out, dispatch.ends_E)
-            y_TD = self.dispatcher.combine(rows_RD, dispatch, torch.zeros_like(x_TD))
+            mixed_RA = mixed_XA.index_select(0, order.assignment_R)
+            mixed_RA = mixed_RA * weights_R.to(mixed_RA.dtype).unsqueeze(1)
+            rows_RD = linear(mixed_RA, self.out, order.ends_E)
+            y_TD = unpermute(rows_RD, order, torch.zeros_like(x_TD))
             return y_TD.view_as(x_BSD), keys
 
         y_BSD, keys = ctx.step.run(compute, x_BSD, own_weights_TK)

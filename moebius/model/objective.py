@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from moebius.kernels.cross_entropy import Teacher, linear_cross_entropy
 from moebius.kernels.random import uniform
+from moebius.kernels.registry import Kernels
 from moebius.model.config import ExitsConfig
 from moebius.model.context import StepContext
 from moebius.model.decoder import Decoder
@@ -66,6 +68,7 @@ def exit_losses(
     decoder: Decoder,
     labels_T: Tensor,
     hidden: Mapping[int, Tensor],
+    kernels: Kernels,
     lesson: Teacher | None = None,
     coefficient: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -81,9 +84,10 @@ def exit_losses(
     weight_VD, vocabulary = decoder.head_weight, decoder.vocabulary
     *early, final = (hidden[number] for number in exits)
     of_lesson = None if lesson is None else [coefficient * weights[-1]]
-    last = linear_cross_entropy(
-        [final], weight_VD, labels_T, weights[-1:], of_lesson, lesson, vocabulary=vocabulary
+    cross_entropy = partial(
+        linear_cross_entropy, vocabulary=vocabulary, row_losses=kernels.row_losses
     )
+    last = cross_entropy([final], weight_VD, labels_T, weights[-1:], of_lesson, lesson)
     sums = {"loss": last.ce_X[0]}
     if lesson is not None:
         sums["distillation_loss"] = last.kl_X[0]
@@ -93,9 +97,7 @@ def exit_losses(
     if config.self_distillation:
         itself = Teacher(final.detach(), weight_VD.detach())
         kl_weights = [config.self_distillation * weight for weight in weights[:-1]]
-    others = linear_cross_entropy(
-        early, weight_VD, labels_T, weights[:-1], kl_weights, itself, vocabulary=vocabulary
-    )
+    others = cross_entropy(early, weight_VD, labels_T, weights[:-1], kl_weights, itself)
     for number, loss in zip(exits[:-1], others.ce_X, strict=True):
         sums[f"exit_{number}_loss"] = loss
     return last.total + others.total, sums

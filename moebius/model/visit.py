@@ -113,11 +113,12 @@ class VisitNorm(RMSNorm):
 
     def at(self, x: Tensor, ctx: DepthContext) -> Tensor:
         """Normalise the last dimension as the visit does; the result has the precision of `x`."""
-        normed: Tensor = self(x)
+        rms_norm = ctx.step.kernels.rms_norm
         if self.scaling == "none" and not self.has_gain:
+            normed: Tensor = rms_norm(x, self.weight, self.eps)
             return normed
         scaled: Tensor = ctx.by_visit(
-            lambda part, x: (x * self._factor(part.visit)).to(x.dtype), normed
+            lambda part, x: rms_norm(x, self.weight, self.eps, self._factor(part.visit)), x
         )
         return scaled
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moebius.kernels.precision import for_products
+from moebius.kernels.registry import Kernels
 from moebius.model.decoder import Decoder
 from moebius.model.moe.dispatch import Dispatch, LocalDispatcher
 from moebius.model.moe.experts import ExpertPool, FFNExperts, LowRankExperts
@@ -47,7 +48,12 @@ class AllToAllDispatcher:
         self.local = LocalDispatcher()
 
     def send(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, sizes: Sequence[int]
+        self,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        sizes: Sequence[int],
+        kernels: Kernels,
     ) -> Callable[[], Visitors]:
         """See `Dispatcher`: first how many, then who."""
         if self.same is not None:
@@ -72,7 +78,7 @@ class AllToAllDispatcher:
         def arrive() -> Visitors:
             exchange.wait()
             num_local = sum(sizes) // num_owners
-            here = self.local.dispatch(rows, ids.long(), weights, num_local)
+            here = self.local.dispatch(rows, ids.long(), weights, num_local, kernels)
             return Visitors(**vars(here), num_visitors=len(rows), exchange=exchange, home_U=home_U)
 
         return arrive

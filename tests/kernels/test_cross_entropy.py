@@ -279,6 +279,94 @@ def test_inputs_in_half_precision() -> None:
     close([total], [naive(hidden, weight, labels, [1.0]).total], 1e-12)
 
 
+class Rows:
+    """The definition of `RowLosses`; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[torch.dtype, bool]] = []
+
+    def __call__(self, logits_CV: Tensor, labels_C1: Tensor, with_gradients: bool) -> Tensor:
+        assert logits_CV.is_contiguous()
+        self.asked.append((logits_CV.dtype, with_gradients))
+        exact = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        one_hot = F.one_hot(labels_C1.squeeze(1), exact.shape[1])
+        losses_C = (exact.logsumexp(1, keepdim=True) - exact.gather(1, labels_C1)).squeeze(1)
+        logits_CV.copy_(exact.softmax(1) - one_hot) if with_gradients else logits_CV.fill_(99.0)
+        return losses_C
+
+
+@pytest.mark.parametrize("exits", [1, 3])
+@pytest.mark.parametrize("chunk_tokens", CHUNKS)
+def test_losses_of_rows_may_be_computed_by_another(chunk_tokens: int | None, exits: int) -> None:
+    """Values and gradients are the same, also of coefficients that are negative or 0."""
+    hidden, weight, labels = inputs_of(exits)
+    rows, ce = Rows(), (-0.25, 0.0, 2.0)[:exits]
+    got = linear_cross_entropy(
+        hidden, weight, labels, ce, chunk_tokens=chunk_tokens, row_losses=rows
+    )
+    expected = naive(hidden, weight, labels, ce)
+    close(tuple(vars(got).values()), tuple(vars(expected).values()))
+    gradients_close(0.37 * got.total, 0.37 * expected.total, [*hidden, weight])
+    assert set(rows.asked) == {(torch.float64, True)}
+    got_T = token_cross_entropy(hidden[0], weight, labels, chunk_tokens, row_losses=rows)
+    assert rows.asked[-1] == (torch.float64, False)
+    close([got_T.sum()], [expected.ce_X[0]])
+
+
+def test_gradients_of_rows_are_asked_for_where_they_are_wanted() -> None:
+    hidden, weight, labels = inputs_of(2)
+    rows = Rows()
+    frozen = (hidden[0], hidden[1].detach())
+    linear_cross_entropy(frozen, weight.detach(), labels, CE[:2], row_losses=rows)
+    with torch.no_grad():
+        linear_cross_entropy(hidden[:1], weight, labels, CE[:1], row_losses=rows)
+    assert [with_gradients for _, with_gradients in rows.asked] == [True, False, False]
+
+
+class Whole:
+    """The only part of a vocabulary."""
+
+    first = 0
+
+    def maximum(self, values_C: Tensor) -> Tensor:
+        return values_C
+
+    def total(self, values: Tensor) -> Tensor:
+        return values
+
+
+def test_a_teacher_or_a_part_of_the_vocabulary_needs_more_than_rows() -> None:
+    hidden, weight, labels = inputs_of(1)
+    rows, teacher = Rows(), teacher_of(2.0)
+    got = linear_cross_entropy(hidden, weight, labels, [1.0], [0.5], teacher, row_losses=rows)
+    close([got.total], [naive(hidden, weight, labels, [1.0], [0.5], teacher).total])
+    got = linear_cross_entropy(hidden, weight, labels, [1.0], vocabulary=Whole(), row_losses=rows)
+    close([got.total], [naive(hidden, weight, labels, [1.0]).total])
+    token_cross_entropy(hidden[0], weight, labels, vocabulary=Whole(), row_losses=rows)
+    assert rows.asked == []
+
+
+@pytest.mark.parametrize("coefficient", [1.0, 1e-9])
+def test_rows_read_logits_as_the_product_left_them(coefficient: float) -> None:
+    """In bf16 under autocast, fp32 losses; coefficients beneath what fp16 holds survive."""
+    hidden, weight, labels = inputs_of(2, torch.float32, (64, 32, 50))
+    expected = naive(hidden, weight, labels, [1.0, 0.5]).total
+    for dtype, bound in ((torch.bfloat16, 0.02), (torch.float16, 0.005)):
+        rows = Rows()
+        with torch.autocast("cpu", dtype):
+            got = linear_cross_entropy(
+                hidden,
+                weight,
+                labels,
+                [coefficient, coefficient / 2],
+                chunk_tokens=20,
+                row_losses=rows,
+            ).total
+        assert set(rows.asked) == {(dtype, True)}
+        assert got.dtype == torch.float32
+        gradients_close(got / coefficient, expected, [*hidden, weight], bound)
+
+
 def measured(function: Any, exits: int, *options: Any, **more: Any) -> Meter:
     """Forward and backward of 40 tokens over 100 words under the meter."""
     hidden, weight, labels = inputs_of(exits, torch.float32, (40, 8, 100))
@@ -302,6 +390,17 @@ def test_memory_does_not_grow_with_the_number_of_exits(
     buffers, heads = (3, 2) if options else (1, 1)
     assert meter.largest == 16 * 100
     assert meter.peak == (4 * buffers + 2 * heads * bf16) * 16 * 100
+
+
+def test_rows_need_no_copy_of_their_logits() -> None:
+    """With bf16 products 2 bytes per logit of a chunk, for any number of exits."""
+
+    def in_place(logits_CV: Tensor, labels_C1: Tensor, with_gradients: bool) -> Tensor:
+        return logits_CV[:, 0].float()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        meter = measured(linear_cross_entropy, 4, chunk_tokens=16, row_losses=in_place)
+    assert meter.peak == 2 * 16 * 100
 
 
 def test_the_meter_sees_whole_logits() -> None:

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
+
+from moebius.kernels.permute import Order
+from moebius.kernels.registry import Kernels
 
 
 @dataclass(frozen=True)
@@ -14,12 +16,8 @@ class Dispatch:
 
     rows_RD: Tensor
     weights_R: Tensor
-    ends_E: Tensor
-    """int32; rows `ends[e-1]:ends[e]` go to expert e"""
-    assignment_R: Tensor
-    """which of the T * K assignments each row is"""
-    source_R: Tensor
-    """token each row came from"""
+    order: Order
+    kernels: Kernels
 
 
 class Dispatcher(Protocol):
@@ -30,7 +28,12 @@ class Dispatcher(Protocol):
     """
 
     def send(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, sizes: Sequence[int]
+        self,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        sizes: Sequence[int],
+        kernels: Kernels,
     ) -> Callable[[], Dispatch]:
         """Send tokens off; the result waits for those that come here. `sizes` are the numbers of
         experts of each group of the pool, whose ids follow each other."""
@@ -43,27 +46,23 @@ class LocalDispatcher:
     """All experts live here."""
 
     def send(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, sizes: Sequence[int]
+        self,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        sizes: Sequence[int],
+        kernels: Kernels,
     ) -> Callable[[], Dispatch]:
         """See `Dispatcher`; nothing is on its way."""
-        return lambda: self.dispatch(x_TD, ids_TK, weights_TK, sum(sizes))
+        return lambda: self.dispatch(x_TD, ids_TK, weights_TK, sum(sizes), kernels)
 
     def dispatch(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_dispatched: int
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, kernels: Kernels
     ) -> Dispatch:
-        """Sort the assignments to dispatched experts by expert (stable: by token) and gather."""
-        ids = ids_TK.flatten()
-        assignment_R = ((ids >= 0) & (ids < num_dispatched)).nonzero().squeeze(1)
-        expert_R, order_R = ids[assignment_R].sort(stable=True)
-        assignment_R = assignment_R[order_R]
-        source_R = assignment_R // ids_TK.shape[1]
-        experts = torch.arange(num_dispatched, device=ids.device)
-        ends_E = torch.searchsorted(expert_R, experts, right=True).to(torch.int32)
-        weights_R = weights_TK.flatten()[assignment_R]
-        # Not `x_TD[source_R]`: the gradient of indexing adds rows in the order threads get to them.
-        rows_RD = x_TD.index_select(0, source_R)
-        return Dispatch(rows_RD, weights_R, ends_E, assignment_R, source_R)
+        """Sort the assignments to dispatched experts by expert and gather."""
+        order = kernels.sort_by_expert(ids_TK, num_experts, kernels.alignment)
+        return Dispatch(*kernels.permute(x_TD, weights_TK, order), order, kernels)
 
     def combine(self, rows_RD: Tensor, dispatch: Dispatch, y_TD: Tensor) -> Tensor:
         """`y` plus each row at the token it came from."""
-        return y_TD.index_add(0, dispatch.source_R, rows_RD.to(y_TD.dtype))
+        return dispatch.kernels.unpermute(rows_RD, dispatch.order, y_TD)

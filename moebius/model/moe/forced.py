@@ -7,9 +7,9 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from moebius.kernels.route import ranked
 from moebius.model.moe.pool import PoolShape
 from moebius.model.moe.routing import RouteContext, Scores
-from moebius.model.moe.selectors import ranked
 from moebius.model.moe.stage import Selector
 
 

@@ -62,7 +62,8 @@ class MoE(ParameterModule):
                 always_BSD: Tensor = self.config.shared.scale * self.shared.project(x_BSD, ctx)
                 return always_BSD.flatten(0, 1)
 
-            y_TD: Tensor = pool(x_BSD.flatten(0, 1), ids_TK, weights_TK, ctx.tokens, beside)
+            x_TD, kernels = x_BSD.flatten(0, 1), ctx.step.kernels
+            y_TD: Tensor = pool(x_TD, ids_TK, weights_TK, ctx.tokens, beside, kernels)
             return y_TD.view_as(x_BSD)
 
         y_BSD = ctx.step.run(compute, x_BSD, own_weights_TK)

@@ -25,8 +25,8 @@ class ScoreNorm(Stage):
     noise: NonNegativeScheduled = 0.0
     """standard deviation of Gaussian noise added to the logits in training"""
 
-    def affinity(self, logits_TN: Tensor, ctx: RouteContext) -> Tensor:
-        """Scores `[T, N]`, not negative.
+    def scaled(self, logits_TN: Tensor, ctx: RouteContext) -> Tensor:
+        """The logits that scores are made of, by `activate`.
 
         The standard deviation is the unbiased one and the mean is not subtracted: both are what the
         MoE++ release does.
@@ -35,15 +35,20 @@ class ScoreNorm(Stage):
             # The root of a variance of 0 has no gradient: equal logits count as almost equal.
             std_T1 = logits_TN.var(dim=-1, keepdim=True).clamp(min=1e-12).sqrt()
             logits_TN = logits_TN * (self.row_std / std_T1)
-        logits_TN = logits_TN / self.temperature
+        if self.temperature != 1:
+            logits_TN = logits_TN / self.temperature
         noise = value_at(self.noise, ctx.step.step) if ctx.step.training else 0.0
         if noise:
             logits_TN = logits_TN + noise * ctx.normal("noise", logits_TN.shape[1])
-        return self.activate(logits_TN)
+        return logits_TN
+
+    def affinity(self, logits_TN: Tensor, ctx: RouteContext) -> Tensor:
+        """Scores `[T, N]`, not negative."""
+        return self.activate(self.scaled(logits_TN, ctx))
 
     @abstractmethod
     def activate(self, logits_TN: Tensor) -> Tensor:
-        """Scores of scaled logits."""
+        """Scores of scaled logits, not negative."""
 
     def probabilities(self, affinity_TN: Tensor) -> Tensor:
         """Scores that add up to 1, for losses."""

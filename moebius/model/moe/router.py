@@ -126,10 +126,7 @@ class Router(ParameterModule):
         route = RouteContext(site, self.sites.index(site), ctx.tokens, ctx.step, by_document)
         with torch.autocast(x_BSD.device.type, enabled=False):
             logits_TN, carry = self._score(x_BSD, carry, route, ctx.shared)
-            scores = self._scores(logits_TN, route)
-            ids_TK = route.step.decide(
-                site, "selected", lambda: self.config.selector.select(scores, route)
-            )
+            scores, ids_TK = self._decide(logits_TN, route)
             ids_TK = ids_TK.masked_fill(~route.valid_T.unsqueeze(1), -1)
             weights_TK = self._weights(scores, ids_TK)
             chosen = Routing(ids_TK, weights_TK, scores.probs_TN, logits_TN)
@@ -173,21 +170,40 @@ class Router(ParameterModule):
         logits_BSN = route.tokens.spread.whole(logits_TN.unflatten(0, x_BSD.shape[:2]))
         return logits_BSN.flatten(0, 1), carry
 
-    def _scores(self, logits_TN: Tensor, route: RouteContext) -> Scores:
-        """What selection sees; the bias never reaches the weights."""
-        affinity_TN = self.config.norm.affinity(logits_TN, route)
-        probs_TN = self.config.norm.probabilities(affinity_TN)
-        select_TN, threshold = affinity_TN.detach(), None
+    def _decide(self, logits_TN: Tensor, route: RouteContext) -> tuple[Scores, Tensor]:
+        """Scores and chosen experts; the bias never reaches the weights."""
+        norm, selector = self.config.norm, self.config.selector
+        scaled_TN, (bias_N, threshold) = norm.scaled(logits_TN, route), self._steering(route)
+        rule = selector.rule(norm.kind, self.pool.num_experts, route)
+        if rule is not None and not self.config.candidates:
+            limit = selector.limit(threshold)
+            picked = route.step.kernels.route(scaled_TN, rule, bias_N, limit)
+            affinity_TN = picked.affinity_TN
+        else:
+            picked, affinity_TN = None, norm.activate(scaled_TN)
+        select_TN = affinity_TN.detach()
+        if bias_N is not None:
+            select_TN = select_TN + bias_N
+        for candidates in self.config.candidates:
+            mask = candidates.mask(select_TN, self.pool, route)
+            select_TN = select_TN.masked_fill(~mask, float("-inf"))
+        scores = Scores(affinity_TN, norm.probabilities(affinity_TN), select_TN, threshold)
+
+        def choose() -> Tensor:
+            return selector.select(scores, route) if picked is None else picked.ids_TK
+
+        return scores, route.step.decide(route.site, "selected", choose)
+
+    def _steering(self, route: RouteContext) -> tuple[Tensor | None, Tensor | None]:
+        """What controllers add to scores, and the share or bar that they ask for."""
+        bias_N = threshold = None
         for controller in self._controllers():
             steering = controller.steer(route.use)
             if steering.bias_N is not None:
-                select_TN = select_TN + steering.bias_N
+                bias_N = steering.bias_N if bias_N is None else bias_N + steering.bias_N
             if steering.threshold is not None:
                 threshold = steering.threshold
-        for rule in self.config.candidates:
-            mask = rule.mask(select_TN, self.pool, route)
-            select_TN = select_TN.masked_fill(~mask, float("-inf"))
-        return Scores(affinity_TN, probs_TN, select_TN, threshold)
+        return bias_N, threshold
 
     def _weights(self, scores: Scores, ids_TK: Tensor) -> Tensor:
         return self.config.weights.weights(scores.affinity_TN, ids_TK, self.is_null_N)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from moebius.config import IntPerLayer
+from moebius.kernels.route import Activation, RouteRule, above, chosen, nucleus, ranked
 from moebius.model.moe.entropy import Measure, entropy
 from moebius.model.moe.pool import PoolShape
 from moebius.model.moe.routing import RouteContext, Scores
@@ -52,10 +52,18 @@ class TopK(Selector):
         if self.sampled_tail > per_layer_value(self.top_k):
             yield "sampled_tail", f"{self.sampled_tail} of top_k = {self.top_k}"
 
+    def rule(self, scores: Activation, num_experts: int, ctx: RouteContext) -> RouteRule | None:
+        """Without a sampled tail."""
+        if self._sampled(ctx):
+            return None
+        return RouteRule(scores, "top_k", per_layer_value(self.top_k))
+
+    def _sampled(self, ctx: RouteContext) -> int:
+        return self.sampled_tail if ctx.step.training else 0
+
     def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
         """Ids `[T, K]`, best first; of equal scores the lower id wins."""
-        top_k = per_layer_value(self.top_k)
-        sampled = self.sampled_tail if ctx.step.training else 0
+        top_k, sampled = per_layer_value(self.top_k), self._sampled(ctx)
         order_TN = ranked(scores.select_TN)
         if not sampled:
             return order_TN[:, :top_k]
@@ -113,12 +121,19 @@ class TopP(Selector):
         """Those it always gives."""
         return self.min_k
 
+    def rule(self, scores: Activation, num_experts: int, ctx: RouteContext) -> RouteRule:
+        """Always."""
+        most = self.max_assignments(num_experts)
+        return RouteRule(scores, "top_p", most, self.crossing, self.min_k)
+
+    def limit(self, steered: Tensor | None) -> float | Tensor:
+        """The share."""
+        return self.threshold if steered is None else steered.clamp(max=self.highest_threshold)
+
     def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
         """Ids `[T, K]`, best first."""
-        threshold: float | Tensor = self.threshold
-        if scores.threshold is not None:
-            threshold = scores.threshold.clamp(max=self.highest_threshold)
-        order_TN, keep_TN = nucleus(scores.select_TN, threshold, self.crossing, self.min_k)
+        share = self.limit(scores.threshold)
+        order_TN, keep_TN = nucleus(scores.select_TN, share, self.crossing, self.min_k)
         return chosen(order_TN, keep_TN, self.max_assignments(order_TN.shape[1]))
 
 
@@ -148,18 +163,21 @@ class Threshold(Selector):
         """K."""
         return min(self.max_k or num_experts, num_experts)
 
-    def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
-        """Ids `[T, K]`, best first."""
-        bar = self.threshold if scores.threshold is None else scores.threshold
+    def rule(self, scores: Activation, num_experts: int, ctx: RouteContext) -> RouteRule:
+        """Always."""
+        return RouteRule(scores, "threshold", self.max_assignments(num_experts))
+
+    def limit(self, steered: Tensor | None) -> float | Tensor:
+        """The bar."""
+        bar = self.threshold if steered is None else steered
         if bar is None:
             raise ValueError("selector threshold: neither a threshold nor a controller")
-        order_TN = ranked(scores.select_TN)
-        keep_TN = (scores.select_TN > bar).gather(1, order_TN)
-        keep_TN[:, 0] |= ~keep_TN.any(dim=1)
-        # With a bar per expert the kept ones need not be the best ranked: move them to the front.
-        front_TN = (~keep_TN).to(torch.uint8).argsort(dim=1, stable=True)
-        order_TN, keep_TN = order_TN.gather(1, front_TN), keep_TN.gather(1, front_TN)
-        return chosen(order_TN, keep_TN, self.max_assignments(order_TN.shape[1]))
+        return bar
+
+    def select(self, scores: Scores, ctx: RouteContext) -> Tensor:
+        """Ids `[T, K]`, best first."""
+        most = self.max_assignments(scores.select_TN.shape[1])
+        return above(scores.select_TN, self.limit(scores.threshold), most)
 
 
 class PercentileRow(Selector):
@@ -281,37 +299,3 @@ def per_layer_value(value: int | tuple[int, ...]) -> int:
     if isinstance(value, tuple):
         raise TypeError("a list per layer, where one layer's number is needed")
     return value
-
-
-def ranked(scores_TN: Tensor) -> Tensor:
-    """Ids by falling score; of equal scores the lower id comes first, on every backend."""
-    return scores_TN.argsort(dim=-1, descending=True, stable=True)
-
-
-def nucleus(
-    select_TN: Tensor,
-    threshold: float | Tensor,
-    crossing: Literal["include", "exclude"],
-    min_k: int,
-) -> tuple[Tensor, Tensor]:
-    """Ranked ids and which of them gather `threshold` of the candidates' probability, `[T, N]`.
-
-    include: the fewest whose sum is above the threshold; exclude: as many as stay within it. The
-    sums are taken in the precision of the scores: in bf16 they would choose other experts.
-    """
-    order_TN = ranked(select_TN)
-    sorted_TN = select_TN.gather(1, order_TN)
-    sums_TN = sorted_TN.clamp(min=0).cumsum(dim=1)
-    sums_TN = sums_TN / sums_TN[:, -1:]  # of the open experts
-    if crossing == "include":
-        sums_TN = F.pad(sums_TN, (1, 0))[:, :-1]
-    # Rounded sums may exceed 1 before the last expert: a threshold of 1 means all of them.
-    bound = torch.as_tensor(threshold, device=sums_TN.device)
-    keep_TN = sums_TN <= bound.masked_fill(bound >= 1, torch.inf)
-    keep_TN[:, :min_k] = True
-    return order_TN, keep_TN & sorted_TN.isfinite()
-
-
-def chosen(order_TN: Tensor, keep_TN: Tensor, max_assignments: int) -> Tensor:
-    """Ids `[T, K]` of the kept ones among ranked ids, -1 for the others."""
-    return order_TN.masked_fill(~keep_TN, -1)[:, :max_assignments]

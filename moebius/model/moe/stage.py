@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from moebius.config import ConfigNode
+from moebius.kernels.route import Activation, RouteRule
 from moebius.model.moe.pool import PoolShape
 from moebius.model.moe.routing import RouteContext, Scores
 
@@ -67,6 +68,14 @@ class Selector(Stage):
     def min_candidates(self, num_experts: int) -> int:
         """How many experts must be open to every token."""
         return 1
+
+    def rule(self, scores: Activation, num_experts: int, ctx: RouteContext) -> RouteRule | None:
+        """What `select` does, where scores and choice can be one operation."""
+        return None
+
+    def limit(self, steered: Tensor | None) -> float | Tensor | None:
+        """The share or bar in force, where controllers ask for `steered`; None: it has none."""
+        return None
 
     @abstractmethod
     def select(self, scores: Scores, ctx: RouteContext) -> Tensor:

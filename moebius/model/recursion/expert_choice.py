@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebius.kernels.depth_select import (
-    add_rows,
     compact_shards,
     scatter_counts,
-    take_rows,
     top_k_mask,
     top_share_mask,
 )
+from moebius.kernels.registry import PLAIN, Kernels
 from moebius.model.config import ModelConfig
 from moebius.model.context import DepthContext
 from moebius.model.moe.scorers import Scorer, ScorerShape
@@ -63,22 +62,21 @@ class ExpertChoice(DepthRouting):
         candidates_BS, length = state.active_BK, ctx.tokens.num_slots
         present_BS = candidates_BS >= 0
         x_BSD = state.stream_BSD
-        rows = take_rows(x_BSD, spread.own_places(candidates_BS, length))
+        rows = step.kernels.take_rows(x_BSD, spread.own_places(candidates_BS, length))
         with torch.autocast(x_BSD.device.type, enabled=False):
             logits_BS = spread.whole(self._score(self.scorers[number], rows))
             judged_BS = logits_BS
             if self.predictors:
                 judged_BS = spread.whole(self._score(self.predictors[number], rows.detach()))
             causal_BS = (judged_BS >= 0) & present_BS
+            keep_BS, index_BK, slot_BK = self._select(
+                logits_BS.detach(), causal_BS, candidates_BS, share, ctx
+            )
             if step.mode == "topk":
-                keep_BS, most = self._best(logits_BS.detach(), candidates_BS, share, ctx)
                 errors_BS = F.binary_cross_entropy_with_logits(
                     judged_BS, keep_BS.to(judged_BS.dtype), reduction="none"
                 )
                 x_BSD = self._attach_losses(x_BSD, logits_BS, errors_BS, present_BS, ctx)
-            else:
-                keep_BS, most = causal_BS, longest(causal_BS)
-            index_BK, slot_BK = compact_shards(candidates_BS, keep_BS, most, spread.num_shards)
             gate_BK = self._gate(logits_BS.gather(1, slot_BK))
         step.ledger.record(
             self.sites[number],
@@ -96,13 +94,18 @@ class ExpertChoice(DepthRouting):
         return state, Selection(index_BK, own_BK, spread.own(gate_BK), expected=expected)
 
     def absorb(
-        self, state: LoopState, chosen: Selection, inner: Tensor, outer: Tensor
+        self,
+        state: LoopState,
+        chosen: Selection,
+        inner: Tensor,
+        outer: Tensor,
+        kernels: Kernels = PLAIN,
     ) -> LoopState:
         """`h + gate * F(h)`, or with additive gating `h + gate * (F(h) - h)`."""
         if self.config.gating == "additive":
             outer = outer - inner
-        update = chosen.gate_BK.unsqueeze(-1) * outer
-        x_BSD = add_rows(state.stream_BSD, chosen.own_BK, update)
+        add_gated_rows = kernels.add_gated_rows
+        x_BSD = add_gated_rows(state.stream_BSD, chosen.own_BK, chosen.gate_BK, outer)
         return replace(state, stream_BSD=x_BSD, inner_BSD=x_BSD)
 
     def _score(self, scorer: nn.Module, rows: Tensor) -> Tensor:
@@ -113,20 +116,37 @@ class ExpertChoice(DepthRouting):
         )
         return cast(Tensor, logits_T1).view(rows.shape[:2])
 
-    def _best(
-        self, logits_BS: Tensor, candidates_BS: Tensor, share: float, ctx: DepthContext
-    ) -> tuple[Tensor, int]:
-        """Which candidates are selected, and how many at most in a row."""
-        tokens = ctx.tokens
-        if self.config.scope == "row":
-            k = kept_tokens(share, tokens.row_length, self.config.multiple_of)
-            k = min(k, candidates_BS.shape[1])
-            present_BS = candidates_BS >= 0
-            logits_BS = logits_BS.masked_fill(~present_BS, float("-inf"))
-            return top_k_mask(logits_BS, k) & present_BS, k
-        documents_BL = (tokens.row or tokens).segment_ids_BS
-        keep_BS = top_share_mask(logits_BS, tokens.places(candidates_BS), documents_BL, share)
-        return keep_BS, longest(keep_BS)
+    def _select(
+        self,
+        logits_BS: Tensor,
+        causal_BS: Tensor,
+        candidates_BS: Tensor,
+        share: float,
+        ctx: DepthContext,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Which candidates are selected, in slots `[B, K]`, and at which candidate each stood."""
+        tokens, num_shards = ctx.tokens, ctx.tokens.spread.num_shards
+        if ctx.step.mode == "threshold":
+            return causal_BS, *compact_shards(
+                candidates_BS, causal_BS, longest(causal_BS), num_shards
+            )
+        if self.config.scope == "document":
+            documents_BL = (tokens.row or tokens).segment_ids_BS
+            keep_BS = top_share_mask(logits_BS, tokens.places(candidates_BS), documents_BL, share)
+            most = longest(keep_BS)
+            return keep_BS, *compact_shards(candidates_BS, keep_BS, most, num_shards)
+        k = kept_tokens(share, tokens.row_length, self.config.multiple_of)
+        k = min(k, candidates_BS.shape[1])
+        present_BS = candidates_BS >= 0
+        logits_BS = logits_BS.masked_fill(~present_BS, float("-inf"))
+        if num_shards > 1:
+            keep_BS = top_k_mask(logits_BS, k) & present_BS
+            return keep_BS, *compact_shards(candidates_BS, keep_BS, k, num_shards)
+        slot_BK = ctx.step.kernels.top_k_positions(logits_BS, k)
+        index_BK = candidates_BS.gather(1, slot_BK.clamp(min=0)).masked_fill(slot_BK < 0, -1)
+        keep_BX = F.pad(torch.zeros_like(present_BS), (0, 1))  # -1 is the column that is cut off
+        keep_BX = keep_BX.scatter(1, slot_BK.remainder(keep_BX.shape[1]), True)
+        return keep_BX[:, :-1], index_BK, slot_BK.clamp(min=0)
 
     def _attach_losses(
         self,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from moebius.kernels.registry import PLAIN, Kernels
 from moebius.model.context import DepthContext, TokenContext
 from moebius.model.parameters import ParameterModule
 from moebius.model.program import Site
@@ -87,7 +88,12 @@ class DepthRouting(ParameterModule, ABC):
 
     @abstractmethod
     def absorb(
-        self, state: LoopState, chosen: Selection, inner: Tensor, outer: Tensor
+        self,
+        state: LoopState,
+        chosen: Selection,
+        inner: Tensor,
+        outer: Tensor,
+        kernels: Kernels = PLAIN,
     ) -> LoopState:
         """The state after a pass has made `outer` of the selected tokens' `inner`, `[B, K, D]`."""
 

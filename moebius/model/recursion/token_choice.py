@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moebius.kernels.depth_select import add_rows, compact_shards, replace_rows, scatter_counts
+from moebius.kernels.registry import PLAIN, Kernels
 from moebius.model.carry import Carry
 from moebius.model.config import ModelConfig
 from moebius.model.context import DepthContext
@@ -74,7 +75,12 @@ class TokenChoice(DepthRouting):
         return replace(state, active_BK=index_BK), chosen
 
     def absorb(
-        self, state: LoopState, chosen: Selection, inner: Tensor, outer: Tensor
+        self,
+        state: LoopState,
+        chosen: Selection,
+        inner: Tensor,
+        outer: Tensor,
+        kernels: Kernels = PLAIN,
     ) -> LoopState:
         """Tokens at their last pass leave with it; the others go on from it."""
         assert chosen.last_BK is not None

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moebius.kernels.depth_select import take_rows
 from moebius.model.carry import Carry
 from moebius.model.context import StepContext, TokenContext
 from moebius.model.executor import Entered, Flow, TokenBatch
@@ -147,7 +146,7 @@ class RingStep:
         if not self.ring.is_routed:
             return Flow(outer_BKD, carry)
         entered = self.waiting.pop(event.micro_batch)
-        inner_BKD = take_rows(entered.state.inner_BSD, entered.chosen.own_BK)
+        inner_BKD = entered.kernels.take_rows(entered.state.inner_BSD, entered.chosen.own_BK)
         return self.local.leave(self.ring.unit(depth), entered, inner_BKD, outer_BKD, carry)
 
     def _send_out(
