@@ -1,7 +1,6 @@
 """Fixtures shared by all tests: real text in small amounts, and configs that train in seconds."""
 
 import json
-import os
 import sysconfig
 from collections.abc import Iterator
 from importlib import import_module
@@ -17,8 +16,6 @@ from moebius.data.manifest import Manifest
 from moebius.data.prepare import Workshop, prepare
 from moebius.trainer.config import RunConfig
 
-if not torch.cuda.is_available():  # before any kernel is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 VOCAB_SIZE = 512
 QUIET = Workshop(lambda line: None)
 MODULES = ("argparse", "ast", "calendar", "configparser", "csv", "datetime", "difflib", "enum")

@@ -3,6 +3,8 @@
 Shapes: R rows sorted by group, E groups, I input and O output channels.
 """
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,17 +15,20 @@ GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """`rows[ends[e-1]:ends[e]] @ weight[e].T` for every e, `[R, O]`; a group may be empty.
 
-    Forward FLOPs: `2 * R * I * O`. Under autocast the products run in its dtype (`grouped_mm` does
-    not cast by itself). What `grouped_mm` refuses takes `grouped_linear_reference`: float64, and
-    rows of I or O elements that are no multiple of 16 bytes.
+    Forward FLOPs: `2 * R * I * O`; bytes that have to be moved, at b per element: `b * (R * (I + O)
+    + E * I * O)`. Under autocast the products run in its dtype (`grouped_mm` does not cast by
+    itself). What `grouped_mm` refuses takes `grouped_linear_reference`: float64, and rows of I or O
+    elements that are no multiple of 16 bytes.
     """
     device = rows_RI.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows_RI.dtype
     aligned = all(size * dtype.itemsize % 16 == 0 for size in weight_EOI.shape[1:])
     if dtype not in GROUPED_MM_DTYPES or not aligned:
         return grouped_linear_reference(rows_RI, weight_EOI, ends_E)
-    weight_EIO = weight_EOI.to(dtype).contiguous().transpose(1, 2)
-    return F.grouped_mm(rows_RI.to(dtype).contiguous(), weight_EIO, offs=ends_E)
+    rows_RI, weight_EOI = rows_RI.to(dtype).contiguous(), weight_EOI.to(dtype).contiguous()
+    if torch.compiler.is_compiling():
+        return cast(Tensor, _grouped_linear(rows_RI, weight_EOI, ends_E))
+    return F.grouped_mm(rows_RI, weight_EOI.transpose(1, 2), offs=ends_E)
 
 
 def grouped_linear_reference(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -34,3 +39,41 @@ def grouped_linear_reference(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor
         outputs.append(F.linear(rows_RI[start:end], weight_EOI[group]))
         start = end
     return torch.cat(outputs)
+
+
+@torch.library.custom_op("moebius::grouped_linear", mutates_args=())
+def _grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """`grouped_mm` for compiled code, which believes that there is none in fp32."""
+    return F.grouped_mm(rows_RI, weight_EOI.transpose(1, 2), offs=ends_E)
+
+
+@torch.library.custom_op("moebius::grouped_linear_backward", mutates_args=())
+def _gradients(
+    grad_RO: Tensor, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_RO = grad_RO.contiguous()
+    d_rows_RI = F.grouped_mm(grad_RO, weight_EOI, offs=ends_E)
+    return d_rows_RI, F.grouped_mm(grad_RO.transpose(0, 1), rows_RI, offs=ends_E)
+
+
+@_grouped_linear.register_fake
+def _(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    return rows_RI.new_empty(rows_RI.shape[0], weight_EOI.shape[1])
+
+
+@_gradients.register_fake
+def _(
+    grad_RO: Tensor, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows_RI), torch.empty_like(weight_EOI)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_gradients(grad_RO, *ctx.saved_tensors), None
+
+
+_grouped_linear.register_autograd(_backward, setup_context=_setup)

@@ -70,9 +70,8 @@ PLAIN = Kernels()
 class Backend:
     """Where the functions of one implementation of an operation are."""
 
-    module: str
     functions: Mapping[str, str]
-    """field of `Kernels` -> name in the module"""
+    """field of `Kernels` -> `module:function`, the module in `moebius.kernels`"""
     problem: Callable[[torch.device, torch.dtype], Problem | None]
     """why it cannot run on a device with products in a precision; None: it can"""
     flash_implementation: str | None = None
@@ -87,15 +86,16 @@ def choose(
     `dtype` is that of products. Raises KernelError where a backend cannot run here.
     """
     found: dict[str, Callable[..., Any]] = {}
-    for operation, name in names.items():
-        backend = BACKENDS[operation][name]
+    for operation, chosen in names.items():
+        backend = BACKENDS[operation][chosen]
         problem = backend.problem(device, dtype)
         if problem is not None:
-            raise KernelError(operation, name, *problem)
+            raise KernelError(operation, chosen, *problem)
         if backend.flash_implementation is not None:
             torch.nn.attention.activate_flash_attention_impl(backend.flash_implementation)
         for field, function in backend.functions.items():
-            found[field] = getattr(importlib.import_module(backend.module), function)
+            module, _, name = function.partition(":")
+            found[field] = getattr(importlib.import_module(f"moebius.kernels.{module}"), name)
     return replace(PLAIN, alignment=alignment, **found)
 
 
@@ -147,28 +147,30 @@ def _half_on_cuda(package: str, install: str) -> Callable[[torch.device, torch.d
     return problem
 
 
-def _triton_functions(module: str, *names: str) -> Backend:
+def _from_triton(*functions: str) -> Backend:
     """Functions that have the names of the plain ones."""
-    return Backend(f"moebius.kernels.triton.{module}", {name: name for name in names}, _triton)
+    return Backend({path.split(":")[1]: f"triton.{path}" for path in functions}, _triton)
 
 
 def _flash(function: str, package: str, install: str, implementation: str | None = None) -> Backend:
     problem = _half_on_cuda(package, install)
-    return Backend("moebius.kernels.flash", {"attention": function}, problem, implementation)
+    return Backend({"attention": f"flash:{function}"}, problem, implementation)
 
 
-PLAIN_BACKEND = Backend("", {}, _always)
+PLAIN_BACKEND = Backend({}, _always)
 BACKENDS: Mapping[Operation, Mapping[str, Backend]] = {
     "permute": {
         "torch": PLAIN_BACKEND,
-        "triton": _triton_functions("permute", "sort_by_expert", "permute", "unpermute"),
+        "triton": _from_triton("permute:sort_by_expert", "permute:permute", "permute:unpermute"),
     },
     "grouped_gemm": {
         "torch": PLAIN_BACKEND,
-        "triton": _triton_functions("grouped_swiglu", "grouped_linear", "grouped_swiglu"),
+        "triton": _from_triton("grouped_linear:grouped_linear", "grouped_swiglu:grouped_swiglu"),
         "megablocks": Backend(
-            "moebius.kernels.megablocks",
-            {"grouped_linear": "grouped_linear", "grouped_swiglu": "grouped_swiglu"},
+            {
+                "grouped_linear": "megablocks:grouped_linear",
+                "grouped_swiglu": "megablocks:grouped_swiglu",
+            },
             _half_on_cuda(
                 "megablocks",
                 "it asks for an older torch: pip install --no-deps --no-build-isolation "
@@ -178,20 +180,20 @@ BACKENDS: Mapping[Operation, Mapping[str, Backend]] = {
     },
     "zero_experts": {
         "torch": PLAIN_BACKEND,
-        "triton": _triton_functions("zero_experts", "affine_experts"),
+        "triton": _from_triton("zero_experts:affine_experts"),
     },
-    "route": {"torch": PLAIN_BACKEND, "triton": _triton_functions("route", "route")},
+    "route": {"torch": PLAIN_BACKEND, "triton": _from_triton("route:route")},
     "depth_select": {
         "torch": PLAIN_BACKEND,
-        "triton": _triton_functions(
-            "depth_select", "top_k_positions", "take_rows", "add_gated_rows"
+        "triton": _from_triton(
+            "depth_select:top_k_positions", "depth_select:take_rows", "depth_select:add_gated_rows"
         ),
     },
-    "rms_norm": {"torch": PLAIN_BACKEND, "triton": _triton_functions("rms_norm", "rms_norm")},
-    "rope": {"torch": PLAIN_BACKEND, "triton": _triton_functions("rope", "apply_rope")},
+    "rms_norm": {"torch": PLAIN_BACKEND, "triton": _from_triton("rms_norm:rms_norm")},
+    "rope": {"torch": PLAIN_BACKEND, "triton": _from_triton("rope:apply_rope")},
     "attention": {
         "sdpa": PLAIN_BACKEND,
-        "blocks": Backend("moebius.kernels.attention", {"attention": "blocks"}, _always),
+        "blocks": Backend({"attention": "attention:blocks"}, _always),
         "varlen": _flash("varlen", "torch.nn.attention.varlen", "pip install 'torch>=2.11'"),
         "fa3": _flash("varlen", "flash_attn_interface", "build flash-attention/hopper", "FA3"),
         "fa4": _flash("varlen", "flash_attn.cute", "pip install --pre flash-attn-4", "FA4"),
@@ -199,8 +201,5 @@ BACKENDS: Mapping[Operation, Mapping[str, Backend]] = {
             "flash_attn", "flash_attn", "pip install flash-attn --no-build-isolation"
         ),
     },
-    "cross_entropy": {
-        "torch": PLAIN_BACKEND,
-        "triton": _triton_functions("cross_entropy", "row_losses"),
-    },
+    "cross_entropy": {"torch": PLAIN_BACKEND, "triton": _from_triton("cross_entropy:row_losses")},
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moebius.errors import LayoutError
 from moebius.kernels.attention import Sight, document_mask, seen_mask
 from moebius.kernels.depth_select import take_rows
 from moebius.kernels.registry import PLAIN, Kernels
@@ -148,6 +149,12 @@ class TokenContext:
         mask_BQS = self.spread.part(document_mask(self.segment_ids_BS, self.valid_BS))
         return self.joined(mask_BQS, empty=False)
 
+    def prepare(self) -> None:
+        """Make what all layers need before compiled code asks for it, which cannot take the lock
+        that guards a cached property."""
+        for tensor in (*self.rope_BQC, self.sight.mask_BSJ):
+            assert tensor is not None
+
     @cached_property
     def sight(self) -> Sight:
         """Whom each token of the part may look at of the joined ones."""
@@ -214,6 +221,8 @@ class StepContext:
     """keys and values of earlier tokens, read and extended; for generation"""
     kernels: Kernels = PLAIN
     """how operations are computed"""
+    compile: bool = False
+    """whether the computations of sublayers are compiled; routers, which keep the books, are not"""
     decisions: dict[tuple[Site, str], Tensor] | None = None
     """what routers have chosen, where whole visits are computed again: filled by the first run and
     repeated by the second, in which rounding may be another"""
@@ -232,6 +241,8 @@ class StepContext:
         Routers decide outside such a function and hand their decision in: what is computed again
         is the same, and statistics are taken once.
         """
+        if self.compile:
+            function = compiled(function)
         return _call(function, inputs, again=self.recompute == "full")
 
     def run_core(self, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -280,6 +291,30 @@ class DepthContext:
             replace(part, visit=visit) for part, visit in zip(self.parts, visits, strict=True)
         )
         return replace(self, visit=visits[0], parts=parts)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as `torch.compile` makes it, in one piece; made once for all layers of a kind.
+
+    Raises LayoutError where it cannot be made in one piece.
+    """
+    # Only here: to import the compiler takes as long as to import torch.
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    in_one_piece = torch.compile(function, fullgraph=True)
+
+    def run(*inputs: Any) -> Any:
+        try:
+            return in_one_piece(*inputs)
+        except (TorchDynamoException, InductorError) as error:
+            reason = str(error).splitlines()[0]
+            raise LayoutError(
+                f"kernels.compile: true, but a layer of this model cannot be compiled: {reason}",
+                "kernels.compile=false",
+            ) from None
+
+    return run
 
 
 def _call(function: Callable[..., Any], inputs: tuple[Any, ...], again: bool) -> Any:

@@ -292,6 +292,8 @@ class LocalExecutor:
         step: StepContext,
     ) -> tuple[Tensor, Carry]:
         """Layer after layer on the tokens that are present."""
+        if step.compile:
+            tokens.prepare()
         for visit in visits:
             step.ledger.work.add_visit(visit, tokens.extent)
             context = DepthContext(visit, tokens, step, self.decoder.shared)

@@ -14,6 +14,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
+from moebius.kernels.registry import PLAIN, Kernels
+
 
 class Role(StrEnum):
     """What a parameter is for."""
@@ -38,6 +40,8 @@ class ParameterSpec:
     role: Role
     mean: float = 0.0
     std: float = 0.0
+    stacked: int = 1
+    """how many matrices lie above each other in the last but one dimension"""
 
 
 class ParameterModule(nn.Module):
@@ -122,8 +126,6 @@ class RMSNorm(ParameterModule):
         self.eps = eps
         self.declare("weight", (size,), ParameterSpec(Role.NORM_IN, mean=1.0))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
         """Normalise the last dimension; the result has the precision of `x`."""
-        weight = self.weight.to(torch.promote_types(x.dtype, torch.float32))
-        normed = nn.functional.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps)
-        return normed.to(x.dtype)
+        return kernels.rms_norm(x, self.weight, self.eps)

@@ -54,9 +54,20 @@ class ReplicatedEngine:
 
     skips = True
 
-    def __init__(self, placed: Sequence[Placed], mesh: Mesh, make: MakeOptimizer) -> None:
+    def __init__(
+        self,
+        placed: Sequence[Placed],
+        mesh: Mesh,
+        make: MakeOptimizer,
+        whole: frozenset[Role] = frozenset(),
+    ) -> None:
         self.placed = placed
         self.mesh = mesh
+        self.uneven = {
+            group: [p.parameter for p in members]
+            for group, members in tied(p for p in placed if p.spec.role in whole).items()
+        }
+        """updated in batches whose size differs from process to process"""
         self.optimizer = make((p.parameter, p.spec) for p in placed)
         begin_state(self.optimizer)
 
@@ -75,6 +86,8 @@ class ReplicatedEngine:
         norm = clip(self._gradients(), self.mesh, clip_norm)
         step_where(self.optimizer, norm, sound)
         self.optimizer.zero_grad()
+        for group, parameters in self.uneven.items():
+            adopt(group, parameters)
         return norm
 
     def _gradients(self) -> Iterable[tuple[Tensor, Role, int]]:
@@ -103,8 +116,10 @@ def begin_state(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter the state of an Adam that has made no step.
 
     It would arise with the first gradient; so what a checkpoint holds does not depend on which
-    parameters had one. Other optimizers are left as they are.
+    parameters had one. Of an optimizer that leaves the `rest` to an Adam, these. Others are left as
+    they are.
     """
+    optimizer = getattr(optimizer, "rest", optimizer)
     if not isinstance(optimizer, torch.optim.AdamW):
         return
     for group in optimizer.param_groups:
@@ -170,6 +185,16 @@ def sum_tensors(group: Group, tensors: Sequence[Tensor]) -> None:
     flat = group.all_reduce(torch.cat([tensor.flatten() for tensor in tensors]))
     for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(total.view_as(tensor))
+
+
+@torch.no_grad()
+def adopt(group: Group, tensors: Sequence[Tensor]) -> None:
+    """Take over the first process's values: the same product in a batch of another size may be
+    rounded differently, and copies would drift apart."""
+    if group.rank:
+        for tensor in tensors:
+            tensor.zero_()
+    sum_tensors(group, tensors)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from moebius.model.context import StepContext
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor, StepResult, TokenBatch
 from moebius.model.objective import TeacherModel
+from moebius.model.parameters import Role
 from moebius.parallel.arrangement import sequence_cost
 from moebius.parallel.batch import row_ranges
 from moebius.parallel.comm import Group
@@ -37,7 +38,8 @@ class Layout:
 
     Give it a whole, initialised decoder, the same on every process; the layout must be legal for
     it, see `parallel.rules`. One process alone is a layout, too. `row_length` is that of rows in
-    training, at which pipeline stages are to be alike in cost. Parts move to `device`.
+    training, at which pipeline stages are to be alike in cost. Parts move to `device`. `whole` are
+    the roles whose matrices the optimizer needs in one piece.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Layout:
         row_length: int,
         autocast_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        whole: frozenset[Role] = frozenset(),
     ) -> None:
         device = device or decoder.norm.weight.device
         self.config = config
@@ -86,9 +89,9 @@ class Layout:
             self.executor = sharded
             self.engine = FSDPEngine(sharded, placed, self.mesh, make_optimizer)
         elif config.data == "zero1" and self.mesh.world.size > 1:
-            self.engine = ZeroEngine(placed, self.mesh, make_optimizer)
+            self.engine = ZeroEngine(placed, self.mesh, make_optimizer, whole)
         else:
-            self.engine = ReplicatedEngine(placed, self.mesh, make_optimizer)
+            self.engine = ReplicatedEngine(placed, self.mesh, make_optimizer, whole)
 
     def _executor(self, local: LocalExecutor, device: torch.device) -> Executor:
         """What runs the parts of this process; a collective call."""

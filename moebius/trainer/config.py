@@ -9,10 +9,14 @@ from moebius.config import ConfigNode, Problem
 from moebius.data.config import DATA_RULES, DataConfig
 from moebius.model.config import ModelConfig
 from moebius.model.context import Recompute
+from moebius.model.moe.config import MoEConfig
+from moebius.model.moe.pool import DISPATCHED
 from moebius.model.recursion.config import TokenChoiceConfig
 from moebius.model.rules import MODEL_RULES
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.rules import Asked, layout_problems
+from moebius.trainer.cpu import CPUConfig
+from moebius.trainer.kernels import KernelsConfig
 from moebius.trainer.optim import OptimConfig
 from moebius.trainer.recovery.config import RecoveryConfig
 from moebius.trainer.recovery.faults import Fault
@@ -115,6 +119,10 @@ class RunConfig(ConfigNode):
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
     """processes: who holds and does what"""
+    kernels: KernelsConfig = KernelsConfig()
+    """how operations are computed"""
+    cpu: CPUConfig = CPUConfig()
+    """where there is no GPU"""
     distillation: DistillationConfig | None = None
     """a teacher"""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -144,6 +152,8 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "recovery": True,
         "watchdog": True,
         "log": True,
+        "kernels": True,
+        "cpu": True,
         "faults": True,
         "train": train,
         # What comes of a mixture's phases before a checkpoint is compared when it is loaded.
@@ -238,7 +248,61 @@ def repeat_rules(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-RUN_RULES = (batch_rules, schedule_rules, vocabulary_rules, repeat_rules)
+def muon_rules(config: RunConfig) -> Iterator[Problem]:
+    """Muon needs whole matrices: a part of one is made orthogonal in another way."""
+    muon, parallel = config.optim.muon, config.parallel
+    if muon is None:
+        return
+    if parallel.engine == "deepspeed":
+        yield Problem(
+            "parallel.engine",
+            "deepspeed flattens and cuts what it updates, and optim.muon needs whole matrices; use "
+            "native with data ddp or zero1",
+        )
+    if parallel.tp > 1 and "matrix" in muon.roles:
+        yield Problem(
+            "parallel.tp",
+            f"{parallel.tp} cuts matrices, and optim.muon needs whole ones; use cp, ep, pp or rp, "
+            "or optim.muon.roles [expert]",
+        )
+    if parallel.etp > 1 and "expert" in muon.roles:
+        yield Problem(
+            "parallel.etp",
+            f"{parallel.etp} cuts the matrices of experts, and optim.muon needs whole ones; use "
+            "ep, or optim.muon.roles [matrix]",
+        )
+    if parallel.engine == "native" and parallel.data == "fsdp2" and "matrix" in muon.roles:
+        yield Problem(
+            "parallel.data",
+            "fsdp2 cuts the rows of matrices, and optim.muon needs whole ones; use zero1, or "
+            "optim.muon.roles [expert], which it cuts by experts",
+        )
+
+
+def compile_rules(config: RunConfig) -> Iterator[Problem]:
+    """Compiled code is one piece, and an exchange between processes would cut it."""
+    if not config.kernels.compile:
+        return
+    parallel = config.parallel
+    for name in ("tp", "cp", "ep", "etp", "rp"):
+        size = getattr(parallel, name)
+        if size > 1:
+            yield Problem(
+                "kernels.compile",
+                f"true, but parallel.{name}={size} lets layers talk to others",
+            )
+    if parallel.engine == "deepspeed":
+        yield Problem("kernels.compile", "true with parallel.engine=deepspeed; use native")
+    ffn = config.model.ffn
+    if isinstance(ffn, MoEConfig) and sum(kind in DISPATCHED for kind, _ in ffn.pool.groups) > 1:
+        yield Problem(
+            "kernels.compile", "true, but numbers of rows of several kinds of experts vary"
+        )
+    if config.kernels.attention == "blocks":
+        yield Problem("kernels.attention", "blocks cannot be compiled; use sdpa")
+
+
+RUN_RULES = (batch_rules, schedule_rules, vocabulary_rules, repeat_rules, muon_rules, compile_rules)
 
 
 def problems(config: RunConfig) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from moebius.data.batch import Batch
 from moebius.data.corpus import SplitReader
 from moebius.data.stream import validation_batches
+from moebius.kernels.registry import PLAIN, Kernels
 from moebius.model.context import Mode, StepContext
 from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
@@ -27,6 +28,7 @@ def evaluate_corpora(
     step: int,
     seed: int,
     alive: Callable[[], None] = lambda: None,
+    kernels: Kernels = PLAIN,
 ) -> dict[str, float]:
     """What `evaluate` finds on the beginning of the held-out text of each corpus.
 
@@ -36,7 +38,7 @@ def evaluate_corpora(
     metrics: dict[str, float] = {}
     for name, reader in readers.items():
         batches = validation_batches(reader, batch_size, num_batches)
-        found = evaluate(executor, batches, token_bytes_V, device, step, seed, alive)
+        found = evaluate(executor, batches, token_bytes_V, device, step, seed, alive, kernels)
         if len(readers) == 1:
             return found
         for key, value in found.items():
@@ -53,6 +55,7 @@ def evaluate(
     step: int,
     seed: int,
     alive: Callable[[], None] = lambda: None,
+    kernels: Kernels = PLAIN,
 ) -> dict[str, float]:
     """Mean cross-entropy in nats per token, and in bits per byte of the text that was predicted.
 
@@ -77,7 +80,7 @@ def evaluate(
         num_tokens += batch.num_tokens
         num_bytes += int(token_bytes_V[batch.labels_BS].sum())
         for prefix, mode in modes.items():
-            context = StepContext(mode, Ledger(), step, seed)
+            context = StepContext(mode, Ledger(), step, seed, kernels=kernels)
             exits = (*early, last) if mode == "threshold" else (last,)
             for number, found in executor.loss_sums(on_device, context, exits).items():
                 name = prefix if number == last else f"exit_{number}_"

@@ -1,7 +1,7 @@
-"""AdamW with options by parameter role."""
+"""AdamW and Muon with options by parameter role."""
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -9,6 +9,7 @@ from torch import nn
 
 from moebius.config import ConfigNode
 from moebius.model.parameters import ParameterSpec, Role
+from moebius.trainer.muon import Muon, MuonConfig
 from moebius.trainer.schedules import CosineSchedule, Schedule
 
 RoleName = Literal[
@@ -53,34 +54,62 @@ class OptimConfig(ConfigNode):
     """course of the learning rate"""
     roles: dict[RoleName, RoleOptions] = Field(default_factory=dict)
     """options by parameter role"""
+    muon: MuonConfig | None = None
+    """Muon in place of AdamW for matrices of some roles; null: AdamW for all"""
+
+
+def muon_roles(config: OptimConfig) -> frozenset[Role]:
+    """Roles whose parameters Muon updates."""
+    return frozenset(Role(name) for name in config.muon.roles) if config.muon else frozenset()
 
 
 def build_optimizer(
-    parameters: Iterable[tuple[nn.Parameter, ParameterSpec]], config: OptimConfig
-) -> torch.optim.AdamW:
-    """One parameter group per role, each with its `lr_scale`; frozen parameters are in none."""
-    groups: dict[Role, list[nn.Parameter]] = {}
+    parameters: Iterable[tuple[nn.Parameter, ParameterSpec]],
+    config: OptimConfig,
+    muon_dtype: torch.dtype | None = None,
+) -> torch.optim.Optimizer:
+    """One parameter group per role, each with its `lr_scale`; frozen parameters are in none.
+
+    Muon has a group per role and number of stacked matrices, see `Muon`, which has `muon_dtype`.
+    """
+    groups: dict[tuple[Role, int], list[nn.Parameter]] = {}
+    of_muon = muon_roles(config)
     for parameter, spec in parameters:
         if spec.role is not Role.FROZEN:
-            groups.setdefault(spec.role, []).append(parameter)
-    param_groups = []
-    for role, members in groups.items():
-        options = next((o for name, o in config.roles.items() if name == role), RoleOptions())
-        decay = options.weight_decay
-        if decay is None:
-            decay = 0.0 if role in UNDECAYED else config.weight_decay
-        scale = options.lr_scale
-        if scale is None:
-            scale = 10.0 if role is Role.AUX_ROUTER else 1.0
-        param_groups.append({"params": members, "weight_decay": decay, "lr_scale": scale})
-    # A process may have nothing to update, where more processes than elements share it out.
-    return torch.optim.AdamW(
-        param_groups or [{"params": [nn.Parameter(torch.zeros(0))], "lr_scale": 1.0}],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
+            stacked = spec.stacked if spec.role in of_muon else 0
+            groups.setdefault((spec.role, stacked), []).append(parameter)
+    rest, matrices = [], []
+    for (role, stacked), members in groups.items():
+        group = {"params": members, **_options(role, config)}
+        if stacked:
+            matrices.append(group | {"stacked": stacked})
+        else:
+            rest.append(group)
+    adamw = torch.optim.AdamW(
+        rest or [_nothing()], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )
+    if config.muon is None:
+        return adamw
+    return Muon(matrices or [_nothing(1)], adamw, config.muon, muon_dtype)
+
+
+def _options(role: Role, config: OptimConfig) -> dict[str, float]:
+    """Of the group of a role."""
+    options = next((o for name, o in config.roles.items() if name == role), RoleOptions())
+    decay = options.weight_decay
+    if decay is None:
+        decay = 0.0 if role in UNDECAYED else config.weight_decay
+    scale = options.lr_scale
+    if scale is None:
+        scale = 10.0 if role is Role.AUX_ROUTER else 1.0
+    return {"weight_decay": decay, "lr_scale": scale}
+
+
+def _nothing(*shape: int) -> dict[str, Any]:
+    """A group for an optimizer that must have one: a process may have nothing to update, where more
+    processes than elements share it out."""
+    empty = nn.Parameter(torch.zeros(*shape, 0))
+    return {"params": [empty], "lr_scale": 1.0, "weight_decay": 0.0}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

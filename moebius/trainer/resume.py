@@ -13,6 +13,7 @@ from moebius.trainer.checkpoint.plan import KINDS, check_index
 from moebius.trainer.checkpoint.tensors import model_shapes, optimizer_shapes
 from moebius.trainer.config import RunConfig, depends_on_micro_batch
 from moebius.trainer.folder import check_mixture, check_same_run, differences
+from moebius.trainer.optim import muon_roles
 from moebius.trainer.recovery.crashes import crashed
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def check(run: Run, checkpoint: Checkpoint, allow_changes: bool) -> RunConfig:
             "distillation.teacher",
             "name the teacher and the step it was trained with, or another run_dir",
         )
-    wanted = model_shapes(run.blueprint) | optimizer_shapes(run.blueprint)
+    of_muon = muon_roles(run.config.optim)
+    wanted = model_shapes(run.blueprint) | optimizer_shapes(run.blueprint, of_muon)
     check_index(checkpoint.index, wanted, KINDS)
     return found

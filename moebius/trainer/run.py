@@ -32,8 +32,9 @@ from moebius.trainer.checkpoint.saver import Saver
 from moebius.trainer.checkpoint.storage import open_storage
 from moebius.trainer.config import RunConfig
 from moebius.trainer.generation import check_causal
+from moebius.trainer.kernels import choose_kernels
 from moebius.trainer.machine import AUTOCAST, select_device
-from moebius.trainer.optim import build_optimizer
+from moebius.trainer.optim import build_optimizer, muon_roles
 from moebius.trainer.recovery.rewind import Rewind
 from moebius.trainer.restore import restore
 from moebius.trainer.resume import load
@@ -64,6 +65,10 @@ class Run:
         self.folder = Path(config.run_dir)
         self.device = select_device(config.train.device)
         self.progress = progress or Progress(config.watchdog)
+        precision = AUTOCAST[config.train.precision]
+        self.kernels, self.kernel_names = choose_kernels(
+            config.kernels, config.model, self.device, precision or torch.float32
+        )
         self.decoder = Decoder(config.model)
         initialize(self.decoder, config.train.seed)
         with torch.device("meta"):
@@ -72,10 +77,11 @@ class Run:
         self.layout = Layout(
             self.decoder,
             config.parallel,
-            partial(build_optimizer, config=config.optim),
+            partial(build_optimizer, config=config.optim, muon_dtype=self._muon_dtype),
             config.data.sequence_length,
-            AUTOCAST[config.train.precision],
+            precision,
             self.device,
+            whole=muon_roles(config.optim),
         )
         self.corpus = corpora.fingerprint
         self.validation = validation_readers(config.data, corpora, quarantined or {})
@@ -100,6 +106,11 @@ class Run:
         """positions of the stream that were left out where the run went back"""
         self.rewound: list[tuple[int, int]] = []
         """steps to which and from which the run went back; until it has come further"""
+
+    @property
+    def _muon_dtype(self) -> torch.dtype | None:
+        """Of Muon's products: CPUs are no faster in less precision."""
+        return AUTOCAST[self.config.train.precision] if self.device.type == "cuda" else None
 
     @property
     def agreed(self) -> dict[str, int]:
@@ -131,6 +142,8 @@ class Run:
             training=True,
             recompute=config.train.recompute,
             replay=self.replay,
+            kernels=self.kernels,
+            compile=config.kernels.compile,
         )
 
     def announce(self, section: Section, phase: str) -> None:

@@ -19,11 +19,12 @@ from moebius.model.ledger import Ledger
 from moebius.model.moe.config import MoEConfig
 from moebius.model.parameters import ParameterSpec, Role, initialize, named_specs
 from moebius.parallel.config import ParallelConfig
+from moebius.parallel.engine import MakeOptimizer
 from moebius.parallel.layout import Layout
 from moebius.parallel.rules import Asked, layout_problems
 from tests.model.helpers import batch_of, rows_of
 from tests.parity.models import VOCABULARY, model_of
-from tests.parity.whole import buffer_tensors, model_tensors
+from tests.parity.whole import buffer_tensors, model_tensors, whole_tensors
 
 LENGTH = 24
 RATE = 0.05
@@ -276,10 +277,16 @@ def sgd(parameters: Iterable[tuple[nn.Parameter, ParameterSpec]]) -> torch.optim
     return torch.optim.SGD(trained or [nn.Parameter(torch.zeros(0))], lr=RATE)
 
 
-def train(name: str, case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def train(
+    name: str,
+    case: Case,
+    dtype: torch.dtype = torch.float64,
+    make: MakeOptimizer = sgd,
+    in_one_piece: frozenset[Role] = frozenset(),
+) -> dict[str, Any]:
     """A step per clip; everything that they leave behind, as arrays by name."""
     decoder = decoder_of(name, dtype)
-    layout = Layout(decoder, case.config, sgd, LENGTH)
+    layout = Layout(decoder, case.config, make, LENGTH, whole=in_one_piece)
     batch = documents(case.rows)
     whole = Rows(**vars(batch))
     parts = [whole.rows(*part) for part in layout.row_ranges(case.rows, case.micro_batch)]
@@ -315,5 +322,7 @@ def train(name: str, case: Case, dtype: torch.dtype = torch.float64) -> dict[str
         for name, loss in layout.loss_sums(whole, evaluation).items()
     }
     after = model_tensors(layout.engine.parts())
+    state = {n: part for n, part in layout.engine.parts().items() if n.startswith("optimizer/")}
+    keep(whole_tensors(state))
     keep({f"update/{name}": (after[name] - before[name]) / RATE for name in after})
     return left

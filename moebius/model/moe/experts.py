@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import cast
 
@@ -9,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moebius.kernels.grouped_linear import grouped_linear
-from moebius.kernels.grouped_swiglu import grouped_swiglu
 from moebius.kernels.gru import gru_scan
-from moebius.kernels.zero_experts import affine_experts
+from moebius.kernels.registry import PLAIN, Kernels
 from moebius.model.context import TokenContext
 from moebius.model.moe.config import ExpertSpec, MoEConfig
-from moebius.model.moe.dispatch import Dispatcher, LocalDispatcher
+from moebius.model.moe.dispatch import Dispatch, Dispatcher, LocalDispatcher
 from moebius.model.moe.pool import DISPATCHED, PoolShape
 from moebius.model.parameters import ParameterModule, ParameterSpec, Role
 
@@ -23,13 +22,17 @@ from moebius.model.parameters import ParameterModule, ParameterSpec, Role
 class DispatchedExperts(ParameterModule, ABC):
     """A group of experts of one kind and width that rows are sorted for."""
 
-    def __call__(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+    def __call__(
+        self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor, kernels: Kernels = PLAIN
+    ) -> Tensor:
         """See `forward`."""
-        outputs: Tensor = super().__call__(rows_RD, weights_R, ends_E)
+        outputs: Tensor = super().__call__(rows_RD, weights_R, ends_E, kernels)
         return outputs
 
     @abstractmethod
-    def forward(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(
+        self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor, kernels: Kernels = PLAIN
+    ) -> Tensor:
         """Weighted outputs `[R, D]` of rows sorted by expert."""
 
     @abstractmethod
@@ -46,12 +49,14 @@ class FFNExperts(DispatchedExperts):
     def __init__(self, hidden_size: int, count: int, width: int, std: float) -> None:
         super().__init__()
         expert = ParameterSpec(Role.EXPERT, std=std)
-        self.declare("gate_up", (count, 2 * width, hidden_size), expert)
+        self.declare("gate_up", (count, 2 * width, hidden_size), replace(expert, stacked=2))
         self.declare("down", (count, hidden_size, width), expert)
 
-    def forward(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(
+        self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor, kernels: Kernels = PLAIN
+    ) -> Tensor:
         """See `grouped_swiglu`."""
-        return grouped_swiglu(rows_RD, weights_R, self.gate_up, self.down, ends_E)
+        return kernels.grouped_swiglu(rows_RD, weights_R, self.gate_up, self.down, ends_E)
 
     def flops_per_row(self) -> int:
         """Three products."""
@@ -74,11 +79,13 @@ class LowRankExperts(DispatchedExperts):
         self.declare("down", (count, rank, hidden_size), ParameterSpec(Role.EXPERT, std=std))
         self.declare("up", (count, hidden_size, rank), ParameterSpec(Role.EXPERT))
 
-    def forward(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(
+        self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor, kernels: Kernels = PLAIN
+    ) -> Tensor:
         """Two grouped products, the weight folded in between."""
-        inner = grouped_linear(rows_RD, self.down, ends_E)
+        inner = kernels.grouped_linear(rows_RD, self.down, ends_E)
         inner = inner * (self.scale * weights_R).to(inner.dtype).unsqueeze(1)
-        return grouped_linear(inner, self.up, ends_E)
+        return kernels.grouped_linear(inner, self.up, ends_E)
 
     def flops_per_row(self) -> int:
         """Two products."""
@@ -139,12 +146,12 @@ class ZeroComputationExperts(ParameterModule):
         self.declare("mix", (num_constant, 2, hidden_size), ParameterSpec(Role.ROUTER, std=std))
         self.declare("constants", (num_constant, hidden_size), ParameterSpec(Role.BIAS, std=std))
 
-    def forward(self, x_TD: Tensor, weights_TN: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, weights_TN: Tensor, kernels: Kernels = PLAIN) -> Tensor:
         """The pool's part of the layer's output, `[T, D]`; `weights` is 0 where not chosen."""
         with torch.autocast(x_TD.device.type, enabled=False):
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
             mix_logits_TM = F.linear(x_TD.to(dtype), self.mix.flatten(0, 1).to(dtype))
-        return affine_experts(
+        return kernels.affine_experts(
             x_TD,
             weights_TN[:, self.first_copy : self.first_zero].sum(dim=-1),
             weights_TN[:, self.first_constant : self.first_copy],
@@ -185,46 +192,57 @@ class ExpertPool(ParameterModule):
         weights_TK: Tensor,
         tokens: TokenContext,
         beside: Callable[[], Tensor | None] | None = None,
+        kernels: Kernels = PLAIN,
     ) -> Tensor:
         """Weighted sum of each token's experts, `[T, D]`, plus what `beside` makes.
 
         Everything that is computed where the tokens are is, while others are on their way.
         """
-        arrive = self.dispatcher.send(x_TD, ids_TK, weights_TK, self.sizes) if self.groups else None
-        y_TD = self._in_place(x_TD, ids_TK, weights_TK, tokens)
+        arrive = None
+        if self.groups:
+            arrive = self.dispatcher.send(x_TD, ids_TK, weights_TK, self.sizes, kernels)
+        y_TD = self._in_place(x_TD, ids_TK, weights_TK, tokens, kernels)
         always_TD = beside() if beside is not None else None
         if always_TD is not None:
             y_TD = y_TD + always_TD.to(y_TD.dtype)
         if arrive is None:
             return y_TD
         dispatch = arrive()
-        rows_RD = self._compute(dispatch.rows_RD, dispatch.weights_R, dispatch.ends_E)
+        rows_RD = self._compute(dispatch)
         return self.dispatcher.combine(rows_RD, dispatch, y_TD)
 
     def _in_place(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, tokens: TokenContext
+        self,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        tokens: TokenContext,
+        kernels: Kernels,
     ) -> Tensor:
         """The part of experts that no token is sent to."""
         weights_TN = _by_expert(ids_TK, weights_TK, self.shape.num_experts)
-        y_TD: Tensor = self.zero(x_TD, weights_TN)
+        y_TD: Tensor = self.zero(x_TD, weights_TN, kernels)
         for number, expert in enumerate(self._recurrent()):
             weight_T1 = weights_TN[:, self.shape.first("gru") + number].unsqueeze(1)
             y_TD = y_TD + (weight_T1 * expert(x_TD, tokens)).to(y_TD.dtype)
         return y_TD
 
-    def _compute(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+    def _compute(self, dispatch: Dispatch) -> Tensor:
         """Each group's rows by its experts."""
-        groups = self._groups()
+        groups, kernels = self._groups(), dispatch.kernels
+        rows_RD, weights_R = dispatch.rows_RD, dispatch.weights_R
+        ends_E = dispatch.order.ends_E
         if len(groups) == 1:
-            return groups[0](rows_RD, weights_R, ends_E)
+            return groups[0](rows_RD, weights_R, ends_E, kernels)
         last = torch.tensor(list(accumulate(self.local_sizes)), device=ends_E.device) - 1
         bounds = [0, *ends_E[last].tolist()]  # rows per group decide shapes: the host must know
+        bounds[-1] = len(rows_RD)  # what is behind is padding of no expert
         first = 0
         parts = []
         for number, group in enumerate(groups):
             start, end = bounds[number : number + 2]
             ends = ends_E[first : first + self.local_sizes[number]] - start
-            parts.append(group(rows_RD[start:end], weights_R[start:end], ends))
+            parts.append(group(rows_RD[start:end], weights_R[start:end], ends, kernels))
             first += self.local_sizes[number]
         return torch.cat(parts)
 

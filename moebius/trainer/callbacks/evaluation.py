@@ -43,6 +43,7 @@ class EvaluationCallback(Callback):
                 run.step,
                 config.train.seed,
                 run.progress.mark,
+                run.kernels,
             )
         run.evaluated = (run.step, metrics["eval/loss"])
         run.publish(metrics)

@@ -3,7 +3,7 @@
 import argparse
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
 from moebius.trainer.commands.preparing import workshop
 from moebius.trainer.config import RunConfig, settings
 from moebius.trainer.config_file import load_config
+from moebius.trainer.cpu import prepare_cpu
 from moebius.trainer.folder import check_folder, claim_folder, lock_folder
 from moebius.trainer.loop import train
 from moebius.trainer.machine import select_device
@@ -65,15 +66,18 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     config = load_config(arguments.config, arguments.overrides)
     check_processes(config, world_size())
     device = select_device(config.train.device)
+    prepared: list[str] = []
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        prepared += prepare_cpu(config.cpu, config.train.precision)
     with (
         watched(config.watchdog, Path(config.run_dir) / "watchdog") as progress,
         joined(device, config.parallel.timeout) as store,
     ):
         injector = FaultInjector(config.faults, config.run_dir, progress) if config.faults else None
         check_alike("settings", settings(config), store)
-        return _train(config, arguments, console, store, progress, injector)
+        return _train(config, arguments, console, store, progress, injector, prepared)
 
 
 def check_processes(config: RunConfig, count: int) -> None:
@@ -105,6 +109,7 @@ def _train(
     store: Store | None,
     progress: Progress,
     injector: FaultInjector | None,
+    prepared: Sequence[str],
 ) -> int:
     """What each process does; one of them writes and prints."""
     console = console if is_main() else Console(quiet=True)
@@ -127,7 +132,8 @@ def _train(
         say(f"quarantined: others stand in for {count:,} of {total:,} training samples")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     rows = config.train.batch_size
-    for line in explain(training.layout, processes, rows, config.train.micro_batch_size or rows):
+    layout = explain(training.layout, processes, rows, config.train.micro_batch_size or rows)
+    for line in (*prepared, training.kernel_names, *layout):
         say(line)
     # Only now: a run that could not be built leaves no trace in the folder.
     with lock_folder(training.folder) if is_main() else nullcontext():

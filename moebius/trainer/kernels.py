@@ -1,0 +1,112 @@
+"""The configuration of kernels, and what it amounts to on a device."""
+
+import importlib
+import os
+import shutil
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import PositiveInt
+
+from moebius.config import ConfigNode
+from moebius.errors import LayoutError
+from moebius.kernels.registry import KernelError, Kernels, Operation, choose
+from moebius.model.config import ModelConfig
+from moebius.model.moe.config import MoEConfig
+from moebius.trainer.cpu import uses_onednn
+
+Either = Literal["torch", "triton"]
+FEW_EXPERTS = 16
+"""up to so many their groups are large, and rounding them up costs little"""
+
+
+class KernelsConfig(ConfigNode):
+    """How operations are computed. The numbers are the same up to rounding.
+
+    A backend that is named and cannot run here is an error; `auto` takes what is known to be the
+    fastest here of what can.
+    """
+
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """of every operation that is not named below; auto: torch, and on a CPU attention in blocks.
+    Triton has not been timed on a GPU yet, so that auto does not take it"""
+    permute: Either | None = None
+    """tokens to rows sorted by expert, and back"""
+    grouped_gemm: Literal["torch", "triton", "megablocks"] | None = None
+    """products of experts"""
+    zero_experts: Either | None = None
+    """zero, copy and constant experts"""
+    route: Either | None = None
+    """scores, choice and statistics of a router"""
+    depth_select: Either | None = None
+    """choosing tokens for a pass, and putting them back"""
+    rms_norm: Either | None = None
+    """norms, with the factor of a visit"""
+    rope: Either | None = None
+    """rotary positions"""
+    attention: Literal["sdpa", "blocks", "varlen", "fa3", "fa4", "flash_attn"] | None = None
+    """sdpa: with a dense mask, for everything; blocks: pieces of rows, for CPUs; varlen: torch's
+    own FlashAttention over packed documents, or version 3 or 4 of it; flash_attn: that package"""
+    cross_entropy: Either | None = None
+    """losses and gradients of a chunk of logits"""
+    alignment: PositiveInt | None = None
+    """rows of an expert are padded to a multiple of it; null: 1, and with oneDNN on a CPU, which
+    prepares itself for each number of rows that it meets, 32, or 16 for many experts"""
+    compile: bool = False
+    """compile the computations of each kind of layer by torch.compile, which takes a minute at the
+    first step; layers that talk to other processes cannot be compiled"""
+
+
+def choose_kernels(
+    config: KernelsConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Kernels, str]:
+    """The functions for a device and a precision of products, and a line that names backends.
+
+    Raises LayoutError where one that is named cannot run.
+    """
+    if config.compile:
+        prepare_compiler(device)
+    names = {operation: _name(config, operation, device) for operation in get_args(Operation)}
+    alignment = config.alignment or _alignment(model, device, dtype)
+    try:
+        kernels = choose(names, device, dtype, alignment)
+    except KernelError as error:
+        named = error.operation if getattr(config, error.operation) else "backend"
+        raise LayoutError(f"kernels.{named}: {error.name}, but {error}", error.hint) from None
+    said = [f"{operation} {name}" for operation, name in names.items() if name != "torch"]
+    others = [] if len(said) == len(names) else ["torch"]
+    if alignment > 1:
+        others.append(f"groups of {alignment} rows")
+    return kernels, "kernels: " + ", ".join([*said, *others])
+
+
+def prepare_compiler(device: torch.device) -> None:
+    """Tell torch that numbers of rows vary.
+
+    Raises LayoutError where there is nothing to compile with.
+    """
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if device.type == "cpu" and not any(shutil.which(name) for name in compilers):
+        raise LayoutError(
+            "kernels.compile: true, but there is no C++ compiler", "install g++, or set CXX"
+        )
+    settings: Any = importlib.import_module("torch._dynamo.config")  # it takes a while
+    settings.capture_dynamic_output_shape_ops = True
+    settings.capture_scalar_outputs = True
+
+
+def _name(config: KernelsConfig, operation: Operation, device: torch.device) -> str:
+    named: str | None = getattr(config, operation)
+    if named is not None:
+        return named
+    if operation == "attention":
+        quick = config.backend == "auto" and device.type == "cpu" and not config.compile
+        return "blocks" if quick else "sdpa"
+    return "triton" if config.backend == "triton" else "torch"
+
+
+def _alignment(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
+    onednn = dtype != torch.float32 or uses_onednn()
+    if device.type != "cpu" or not onednn or not isinstance(model.ffn, MoEConfig):
+        return 1
+    return 32 if model.ffn.pool.num_dispatched <= FEW_EXPERTS else 16
