@@ -1,0 +1,164 @@
+"""Kernels and CPU settings by config: what is chosen, what is refused, what is said."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from moebius.errors import LayoutError
+from moebius.kernels.registry import BACKENDS, PLAIN, is_installed
+from moebius.model.config import ModelConfig
+from moebius.trainer import cpu
+from moebius.trainer.config import RunConfig, compile_rules, identity
+from moebius.trainer.cpu import CPUConfig, prepare_cpu, uses_onednn
+from moebius.trainer.kernels import KernelsConfig, choose_kernels
+
+CPU = torch.device("cpu")
+FFN = {"kind": "ffn", "count": 8, "intermediate_size": 16}
+MOE: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+    "ffn": {"kind": "moe", "experts": [FFN], "router": {}},
+    "depth": {"num_layers": 1},
+}
+
+
+def model(count: int = 8) -> ModelConfig:
+    return ModelConfig.model_validate(
+        MOE | {"ffn": MOE["ffn"] | {"experts": [FFN | {"count": count}]}}
+    )
+
+
+def chosen(dtype: torch.dtype = torch.float32, count: int = 8, **options: Any) -> tuple[Any, str]:
+    return choose_kernels(KernelsConfig.model_validate(options), model(count), CPU, dtype)
+
+
+def test_a_cpu_gets_the_definitions_and_attention_in_blocks() -> None:
+    kernels, said = chosen()
+    assert kernels.grouped_swiglu is PLAIN.grouped_swiglu
+    assert kernels.attention is not PLAIN.attention
+    assert said == "kernels: attention blocks, torch"
+
+
+def test_definitions_alone_are_a_choice_too() -> None:
+    kernels, said = chosen(backend="torch", alignment=1)
+    assert kernels == PLAIN
+    assert said == "kernels: attention sdpa, torch"
+
+
+def test_groups_are_padded_where_onednn_multiplies() -> None:
+    assert chosen()[0].alignment == (32 if uses_onednn() else 1)
+    assert chosen(torch.bfloat16)[0].alignment == 32
+    assert chosen(torch.bfloat16, count=64)[0].alignment == 16
+    assert chosen(torch.bfloat16, alignment=8)[0].alignment == 8
+
+
+@pytest.mark.parametrize(
+    ("operation", "name", "package"),
+    [
+        ("grouped_gemm", "megablocks", "megablocks"),
+        ("attention", "varlen", "torch.nn.attention.varlen"),
+        ("attention", "fa3", "flash_attn_interface"),
+        ("attention", "fa4", "flash_attn.cute"),
+        ("attention", "flash_attn", "flash_attn"),
+    ],
+)
+def test_what_needs_a_gpu_or_a_package_is_refused_by_name(
+    operation: str, name: str, package: str
+) -> None:
+    with pytest.raises(LayoutError) as caught:
+        chosen(**{operation: name})
+    missing = f"the package {package} is not installed"
+    reason = "it has no kernels for device cpu" if is_installed(package) else missing
+    message, _, hint = str(caught.value).partition(" - ")
+    assert message == f"kernels.{operation}: {name}, but {reason}"
+    assert hint
+
+
+def test_triton_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(LayoutError, match=r"kernels\.backend: triton, but it has no kernels"):
+        chosen(backend="triton")
+    with pytest.raises(LayoutError, match=r"kernels\.rope: triton, but it has no kernels"):
+        chosen(rope="triton")
+
+
+def test_every_backend_that_can_be_loaded_here_has_its_functions() -> None:
+    pytest.importorskip("triton")
+    kernels, _ = chosen(backend="triton")
+    for operation, backends in BACKENDS.items():
+        for field in backends["triton"].functions if "triton" in backends else ():
+            assert getattr(kernels, field) is not getattr(PLAIN, field), operation
+
+
+def test_the_compiler_is_asked_for_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(LayoutError, match="there is no C\\+\\+ compiler"):
+        chosen(compile=True)
+
+
+def test_kernels_and_cpu_may_change_when_a_run_is_continued(run_config: RunConfig) -> None:
+    paths = identity(run_config)
+    assert not [path for path in paths if path.startswith(("kernels", "cpu"))]
+
+
+@pytest.fixture
+def as_before() -> Any:
+    """What is set for the whole process is set back."""
+    threads, precision = torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.mkldnn.matmul.fp32_precision = precision
+
+
+@pytest.mark.usefixtures("as_before")
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
+def test_products_in_fp32_are_exact_with_either_library(library: Any) -> None:
+    config = CPUConfig(fp32_products=library, keep_memory=False, threads=1)
+    if library == "onednn" and torch.cpu._is_amx_tile_supported():  # multiplies in bf16
+        with pytest.raises(LayoutError, match=r"cpu\.fp32_products: onednn, whose products"):
+            list(prepare_cpu(config, "fp32"))
+        return
+    assert list(prepare_cpu(config, "fp32")) == [f"cpu: 1 threads, fp32 products by {library}"]
+    assert uses_onednn() == (library == "onednn")
+    a, b = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(1))
+    exact = a.double() @ b.double()
+    assert float((a @ b - exact).abs().max() / exact.abs().max()) < 5e-6
+
+
+@pytest.mark.usefixtures("as_before")
+def test_a_library_is_not_chosen_where_it_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "WORST_FP32", 0.0)
+    monkeypatch.setattr(cpu, "_is_amd_with_avx512", lambda: True)
+    (said,) = prepare_cpu(CPUConfig(keep_memory=False), "fp32")
+    assert said.endswith("fp32 products by mkl")
+    assert not uses_onednn()
+    with pytest.raises(LayoutError, match=r"cpu\.fp32_products: onednn, whose products"):
+        list(prepare_cpu(CPUConfig(keep_memory=False, fp32_products="onednn"), "fp32"))
+
+
+@pytest.mark.usefixtures("as_before")
+def test_slow_bf16_is_told() -> None:
+    said = list(prepare_cpu(CPUConfig(keep_memory=False), "bf16"))
+    assert len(said) == (1 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 2)
+
+
+COMPILED = {"kernels": {"compile": True}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "words"),
+    [
+        ({"parallel": {"tp": 2}}, "kernels.compile", "parallel.tp=2"),
+        ({"parallel": {"engine": "deepspeed"}}, "kernels.compile", "engine=deepspeed"),
+        ({"kernels": {"compile": True, "attention": "blocks"}}, "kernels.attention", "use sdpa"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(
+    run_config: RunConfig, fields: Any, path: str, words: str
+) -> None:
+    config = RunConfig.model_validate(run_config.model_dump() | COMPILED | fields)
+    problems = list(compile_rules(config))
+    assert [(p.path, words in p.message) for p in problems] == [(path, True)]
