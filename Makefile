@@ -4,7 +4,10 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: quickstart test test-slow deepspeed lint clean
+BENCHMARKS := layer step zero_experts recursion head optimizers quickstart quickstart_speed \
+	data dispatch context ring checkpoint
+
+.PHONY: quickstart test test-slow bench bench-gpu deepspeed lint clean
 
 quickstart: $(VENV)/.installed  ## train a small model on the standard library and let it write
 	$(BIN)/moebius train configs/quickstart.yaml
@@ -15,6 +18,12 @@ test: $(VENV)/.installed-dev  ## all tests but the slow ones
 
 test-slow: $(VENV)/.installed-dev  ## quickstart in a fresh clone, every preset, every layout, killed workers
 	$(PYTEST) -m slow
+
+bench: $(VENV)/.installed-dev  ## measure on CPUs, one script after the other; results go to benchmarks/results
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+bench-gpu: $(VENV)/.installed-dev  ## measure on a CUDA device
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/.installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .

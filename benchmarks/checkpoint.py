@@ -10,7 +10,6 @@ host memory that a save takes beside its budget. Takes about two minutes and 3 G
 
 import json
 import multiprocessing
-import os
 import statistics
 import subprocess
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import ROOT, machine
+from machine import ROOT, write_result
 
 from moebius.data.batch import make_batch
 from moebius.model.config import ModelConfig
@@ -190,7 +189,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=ROOT) as name:
         folder = Path(name)
         result = {
-            **machine(),
             "state_bytes": size,
             "memory": [
                 memory(folder, part if part is None else round(part * size / 1e9, 3))
@@ -199,9 +197,7 @@ def main() -> None:
             "speed": speed(layout, folder),
             "beside_training": beside_training(layout, batch, folder / "train"),
         }
-    target = ROOT / "benchmarks" / "results" / f"checkpoint-{os.cpu_count()}-core-cpu.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    print(json.dumps(write_result("checkpoint", result), indent=1))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from itertools import product
 
 import numpy as np
 import torch
-from machine import ROOT, machine
+from machine import write_result
 
 from moebius.data.config import StdlibSource
 from moebius.data.sources import documents
@@ -86,7 +86,7 @@ def main() -> None:
         name = f"cp {degree}, {flops_per_byte:.0f} FLOPs per byte"
         results[name] = compared(arranged, degree) | {"planning_seconds_per_row": seconds}
     sizes = sorted(size for row in lengths for size in row)
-    report = machine() | {
+    report = {
         "rows": ROWS,
         "row_length": LENGTH,
         "documents_per_row": len(sizes) / ROWS,
@@ -96,8 +96,7 @@ def main() -> None:
         "relative_to_rows_cut_where_they_are": results,
     }
     print(json.dumps(results, indent=1))
-    name = f"context-{report['cores']}-core-cpu.json"
-    (ROOT / "benchmarks" / "results" / name).write_text(json.dumps(report, indent=1) + "\n")
+    write_result("context", report)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import ROOT, machine
+from machine import ROOT, write_result
 
 from moebius.data.build import build_stream
 from moebius.data.config import DataConfig, FilesSource, StdlibSource
@@ -220,7 +220,7 @@ def main() -> None:
         root = Path(name)
         small, large = root / "small.jsonl", root / "large.jsonl"
         sizes = {small: write_corpus(small, 1), large: write_corpus(large, 10)}
-        result: dict[str, Any] = {**machine(), "text_megabytes": sizes[small] / 1e6}
+        result: dict[str, Any] = {"text_megabytes": sizes[small] / 1e6}
         base = config_of(root / "data", small)
         prepare(base, 4096, quiet())
         tokenizer = root / "data" / "tokenizer.json"
@@ -274,9 +274,7 @@ def main() -> None:
             "best_fit_first_time": in_process(resume_seconds, packed),
             "best_fit": in_process(resume_seconds, packed),
         }
-    target = ROOT / "benchmarks" / "results" / f"data-{os.cpu_count()}-core-cpu.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    print(json.dumps(write_result("data", result), indent=1))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ benchmarks/results/dispatch-<machine>.json.
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,13 +30,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from machine import ROOT, machine
+from machine import write_result
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moebius.data.batch import Batch, make_batch
 from moebius.data.config import StdlibSource
 from moebius.data.sources import documents
+from moebius.kernels.registry import Kernels
 from moebius.model.config import ModelConfig
 from moebius.model.context import StepContext
 from moebius.model.decoder import Decoder
@@ -99,7 +99,12 @@ class RowPerAssignment(AllToAllDispatcher):
     """Sends a token once for every expert of it, as if each assignment were a token."""
 
     def send(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, sizes: Sequence[int]
+        self,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        sizes: Sequence[int],
+        kernels: Kernels,
     ) -> Callable[[], Visitors]:
         """See `Dispatcher`."""
         number = ids_TK.shape[1]
@@ -108,6 +113,7 @@ class RowPerAssignment(AllToAllDispatcher):
             ids_TK.reshape(-1, 1),
             weights_TK.reshape(-1, 1),
             sizes,
+            kernels,
         )
 
         def arrive_at_tokens() -> Visitors:
@@ -292,7 +298,6 @@ def main() -> None:
         way["of_vanilla_once_per_process"] = way["bytes"] / reference
         way["of_vanilla_row_per_assignment"] = way["bytes"] / plain
     result = {
-        **machine(),
         "processes": PROCESSES,
         "layout": {"ep": PROCESSES},
         "model": f"{NUM_LAYERS} layers of width {HIDDEN}, {NUM_FFN} FFN experts, top-{TOP_K}, fp32",
@@ -300,9 +305,7 @@ def main() -> None:
         "designed_ffn_share": TAU * NUM_FFN / (TAU * NUM_FFN + 4),
         "per_token_and_layer": found,
     }
-    target = ROOT / "benchmarks" / "results" / f"dispatch-{os.cpu_count()}-core-cpu.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    print(json.dumps(write_result("dispatch", result), indent=1))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ matrix-product rate, measured in the same process (MFU of executed FLOPs).
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import ROOT, machine
+from machine import ROOT, write_result
 
 
 def main() -> None:
@@ -42,7 +41,6 @@ def main() -> None:
     evaluations = [line for line in lines if "eval/loss" in line]
     reports = [line for line in lines if "speed/mfu" in line][1:]
     result = {
-        **machine(),
         "seconds_from_nothing": round(seconds, 1),
         "validation_loss": {line["step"]: line["eval/loss"] for line in evaluations},
         "bits_per_byte": {line["step"]: line["eval/bits_per_byte"] for line in evaluations},
@@ -51,10 +49,7 @@ def main() -> None:
         ),
         "median_mfu_executed": statistics.median(line["speed/mfu"] for line in reports),
     }
-    target = ROOT / "benchmarks" / "results" / f"quickstart-{os.cpu_count()}-core-cpu.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    print(json.dumps(write_result("quickstart", result), indent=1))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Writes benchmarks/results/ring-<machine>.json.
 """
 
 import json
-import os
 import tempfile
 import time
 from collections import defaultdict
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from machine import ROOT, machine
+from machine import write_result
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -324,7 +323,6 @@ def main() -> None:
     )
     whole = sum(FLOAT * p.numel() for p in decoder.parameters())
     result = {
-        **machine(),
         "model": f"{SHARED} shared layers, {PASSES} passes, two other layers, width {WIDTH}, fp32",
         "batch": f"{ROWS} micro-batches of {LENGTH} tokens in all",
         "bytes of the block": block,
@@ -338,9 +336,7 @@ def main() -> None:
         },
         "plans": two[0]["plans"],
     }
-    target = ROOT / "benchmarks" / "results" / f"ring-{os.cpu_count()}-core-cpu.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    print(json.dumps(write_result("ring", result), indent=1))
 
 
 if __name__ == "__main__":
