@@ -17,6 +17,7 @@ SHARED_LIMIT = 227 * 1024
 """bytes of shared memory that a block can have on Hopper"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_kernels_compile_without_spills(module: str) -> None:
     command = [sys.executable, "-m", "tests.kernels.ahead", f"moebius.kernels.triton.{module}"]
