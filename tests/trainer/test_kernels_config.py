@@ -8,6 +8,7 @@ import torch
 from moebius.errors import LayoutError
 from moebius.kernels.registry import BACKENDS, PLAIN, is_installed
 from moebius.model.config import ModelConfig
+from moebius.model.context import compiled
 from moebius.trainer import cpu
 from moebius.trainer.config import RunConfig, compile_rules, identity
 from moebius.trainer.cpu import CPUConfig, prepare_cpu, uses_onednn
@@ -162,3 +163,15 @@ def test_what_cannot_be_compiled_is_refused(
     config = RunConfig.model_validate(run_config.model_dump() | COMPILED | fields)
     problems = list(compile_rules(config))
     assert [(p.path, words in p.message) for p in problems] == [(path, True)]
+
+
+def test_a_layer_that_cannot_be_compiled_is_one_line() -> None:
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    with pytest.raises(
+        LayoutError, match=r"kernels\.compile: true, but a layer of this model"
+    ) as it:
+        compiled(layer)(torch.zeros(2))
+    assert "\n" not in str(it.value)
