@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.kernels.block_attention import block_attention
+from moebius.kernels.block_attention import BLOCK, block_attention
 
-LONGEST_IN_BLOCKS = 1024
-"""slots of a row up to which the probabilities of all pairs of blocks are kept"""
+KEPT_BYTES = 64 * 2**20
+"""what the probabilities of all pairs of blocks of a layer may take at most"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def sdpa(q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: Sight) -> Tensor
 
 def blocks(q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: Sight) -> Tensor:
     """`block_attention` where keys are those of the queries and rows are short, else `sdpa`."""
-    if sight.segment_ids_BS is None or q_BSHC.shape[1] > LONGEST_IN_BLOCKS:
+    rows, slots, heads, _ = q_BSHC.shape
+    kept = 4 * rows * heads * slots * (slots + BLOCK) // 2
+    if sight.segment_ids_BS is None or kept > KEPT_BYTES or not q_BSHC.numel():
         return sdpa(q_BSHC, k_BJGC, v_BJGC, sight)
     return block_attention(q_BSHC, k_BJGC, v_BJGC, sight.begins)
 

@@ -59,7 +59,8 @@ class _BlockAttention(torch.autograd.Function):
             probs_XMJ = _probabilities(torch.bmm(q_XMC, k_XJC.transpose(1, 2)), piece, q_BSHC)
             out_XMC = torch.bmm(probs_XMJ.to(v_XJC.dtype), v_XJC)
             _put_queries(out_BSHC[rows, start:end], out_XMC, groups)
-            kept.append(probs_XMJ)
+            if any(ctx.needs_input_grad):
+                kept.append(probs_XMJ)
         ctx.save_for_backward(q_BSHC, k_BSGC, v_BSGC, *kept)
         return out_BSHC
 

@@ -27,7 +27,7 @@ def packed(
     attention: Packed, q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: Sight
 ) -> Tensor:
     """Rows below each other; `sdpa` where keys are not those of the queries, in their order."""
-    if sight.segment_ids_BS is None:
+    if sight.segment_ids_BS is None or not q_BSHC.numel():
         return sdpa(q_BSHC, k_BJGC, v_BJGC, sight)
     q, k, v = (for_products(t).flatten(0, 1) for t in (q_BSHC, k_BJGC, v_BJGC))
     return attention(q, k, v, sight.ends, sight.longest).view_as(q_BSHC)

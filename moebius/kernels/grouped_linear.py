@@ -15,10 +15,11 @@ GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """`rows[ends[e-1]:ends[e]] @ weight[e].T` for every e, `[R, O]`; a group may be empty.
 
-    Forward FLOPs: `2 * R * I * O`; bytes that have to be moved, at b per element: `b * (R * (I + O)
-    + E * I * O)`. Under autocast the products run in its dtype (`grouped_mm` does not cast by
-    itself). What `grouped_mm` refuses takes `grouped_linear_reference`: float64, and rows of I or O
-    elements that are no multiple of 16 bytes.
+    Rows may follow `ends[-1]`, of no group; what stands there in the result does not count. Forward
+    FLOPs: `2 * R * I * O`; bytes that have to be moved, at b per element: `b * (R * (I + O) + E * I
+    * O)`. Under autocast the products run in its dtype (`grouped_mm` does not cast by itself). What
+    `grouped_mm` refuses takes `grouped_linear_reference`: float64, and rows of I or O elements that
+    are no multiple of 16 bytes.
     """
     device = rows_RI.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows_RI.dtype
@@ -38,6 +39,7 @@ def grouped_linear_reference(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor
     for group, end in enumerate(ends_E.tolist()):
         outputs.append(F.linear(rows_RI[start:end], weight_EOI[group]))
         start = end
+    outputs.append(outputs[-1].new_zeros(len(rows_RI) - start, weight_EOI.shape[1]))
     return torch.cat(outputs)
 
 

@@ -92,7 +92,11 @@ def choose(
         if problem is not None:
             raise KernelError(operation, chosen, *problem)
         if backend.flash_implementation is not None:
-            torch.nn.attention.activate_flash_attention_impl(backend.flash_implementation)
+            try:
+                torch.nn.attention.activate_flash_attention_impl(backend.flash_implementation)
+            except Exception as error:  # whatever the package raises where it does not fit the GPU
+                reason = " ".join(f"torch cannot use it: {error}".split())
+                raise KernelError(operation, chosen, reason, "choose varlen") from error
         for field, function in backend.functions.items():
             module, _, name = function.partition(":")
             found[field] = getattr(importlib.import_module(f"moebius.kernels.{module}"), name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -135,19 +135,13 @@ class TokenContext:
     def joined(self, whole_BS: Tensor, empty: int) -> Tensor:
         """Of something that is known for whole rows, along its last dimension, the slots that
         `Spread.join` brings."""
-        slots_BJ = self.spread.joined_slots(self.num_slots)
-        if slots_BJ is None:
-            return whole_BS
-        slots = slots_BJ.unsqueeze(1) if whole_BS.dim() == 3 else slots_BJ
-        index = slots.expand(*whole_BS.shape[:-1], -1)
-        return whole_BS.gather(-1, index.clamp(min=0)).masked_fill(index < 0, empty)
+        return _joined(whole_BS, self.spread, self.num_slots, empty)
 
-    @cached_property
+    @property
     def attention_mask_BQS(self) -> Tensor:
         """Whom of the joined tokens each token of the part may look at, see `document_mask`; made
         once for all layers of a pass."""
-        mask_BQS = self.spread.part(document_mask(self.segment_ids_BS, self.valid_BS))
-        return self.joined(mask_BQS, empty=False)
+        return self.sight.mask_BSJ
 
     def prepare(self) -> None:
         """Make what all layers need before compiled code asks for it, which cannot take the lock
@@ -158,8 +152,10 @@ class TokenContext:
     @cached_property
     def sight(self) -> Sight:
         """Whom each token of the part may look at of the joined ones."""
-        documents_BS = self.segment_ids_BS if self.spread is ALONE else None
-        return Sight(lambda: self.attention_mask_BQS, documents_BS)
+        segments_BS, spread = self.segment_ids_BS, self.spread
+        # Nothing of `self`: a cycle would keep masks until the collector comes.
+        make_mask = partial(_attention_mask, segments_BS, self.valid_BS, spread)
+        return Sight(make_mask, segments_BS if spread is ALONE else None)
 
     @cached_property
     def rope_BQC(self) -> tuple[Tensor, Tensor]:
@@ -186,6 +182,20 @@ class TokenContext:
         begins = torch.ones_like(self.segment_ids_BS, dtype=torch.bool)
         begins[:, 1:] = self.segment_ids_BS[:, 1:] != self.segment_ids_BS[:, :-1]
         return (slot * begins).cummax(dim=1).values
+
+
+def _attention_mask(segments_BS: Tensor, valid_BS: Tensor | None, spread: Spread) -> Tensor:
+    mask_BQS = spread.part(document_mask(segments_BS, valid_BS))
+    return _joined(mask_BQS, spread, segments_BS.shape[1], empty=False)
+
+
+def _joined(whole_BS: Tensor, spread: Spread, num_slots: int, empty: int) -> Tensor:
+    slots_BJ = spread.joined_slots(num_slots)
+    if slots_BJ is None:
+        return whole_BS
+    slots = slots_BJ.unsqueeze(1) if whole_BS.dim() == 3 else slots_BJ
+    index = slots.expand(*whole_BS.shape[:-1], -1)
+    return whole_BS.gather(-1, index.clamp(min=0)).masked_fill(index < 0, empty)
 
 
 Mode = Literal["topk", "threshold"]
@@ -299,7 +309,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     Raises LayoutError where it cannot be made in one piece.
     """
     # Only here: to import the compiler takes as long as to import torch.
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.exc import InductorError
 
     in_one_piece = torch.compile(function, fullgraph=True)
@@ -307,7 +317,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*inputs: Any) -> Any:
         try:
             return in_one_piece(*inputs)
-        except (TorchDynamoException, InductorError) as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit, InductorError) as error:
             reason = str(error).splitlines()[0]
             raise LayoutError(
                 f"kernels.compile: true, but a layer of this model cannot be compiled: {reason}",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moebius.kernels.cross_entropy import token_cross_entropy
-from moebius.kernels.registry import Kernels
+from moebius.kernels.registry import PLAIN, Kernels
 from moebius.model.carry import Carry
 from moebius.model.context import DepthContext, StepContext, TokenContext
 from moebius.model.decoder import Decoder
@@ -167,7 +167,7 @@ class LocalExecutor:
             hidden, labels_T = self._read_out(batch, step, exits)
             if teacher is None:
                 return exit_losses(self.decoder, labels_T, hidden, step.kernels)
-            lesson = teacher.predict(batch)
+            lesson = teacher.predict(batch, step.kernels)
             return exit_losses(
                 self.decoder, labels_T, hidden, step.kernels, lesson, teacher.coefficient
             )
@@ -182,7 +182,13 @@ class LocalExecutor:
             hidden, labels_T = self._read_out(batch, step, exits)
             weight_VD, vocabulary = self.decoder.head_weight, self.decoder.vocabulary
             return {
-                number: token_cross_entropy(hidden_TD, weight_VD, labels_T, vocabulary=vocabulary)
+                number: token_cross_entropy(
+                    hidden_TD,
+                    weight_VD,
+                    labels_T,
+                    vocabulary=vocabulary,
+                    row_losses=step.kernels.row_losses,
+                )
                 for number, hidden_TD in hidden.items()
             }
 
@@ -195,11 +201,11 @@ class LocalExecutor:
         teacher: TeacherModel | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`training_loss` from the stream behind the last visit."""
-        hidden_TD, labels_T = self._final(batch, tokens, x_BSD)
+        hidden_TD, labels_T = self._final(batch, tokens, x_BSD, step.kernels)
         step.ledger.work.head_tokens += batch.tokens_BS.numel()
         lesson, coefficient = None, 0.0
         if teacher is not None:
-            lesson, coefficient = teacher.predict(batch), teacher.coefficient
+            lesson, coefficient = teacher.predict(batch, step.kernels), teacher.coefficient
         hidden = {len(self.program.visits): hidden_TD}
         return exit_losses(self.decoder, labels_T, hidden, step.kernels, lesson, coefficient)
 
@@ -212,11 +218,11 @@ class LocalExecutor:
         )
 
     def _final(
-        self, batch: TokenBatch, tokens: TokenContext, x_BSD: Tensor
+        self, batch: TokenBatch, tokens: TokenContext, x_BSD: Tensor, kernels: Kernels = PLAIN
     ) -> tuple[Tensor, Tensor]:
         """What the head reads of the part's tokens, `[T, D]`, and their labels."""
         spread = tokens.spread
-        hidden_BSD = self.decoder.head_input(x_BSD)
+        hidden_BSD = self.decoder.head_input(x_BSD, kernels)
         return spread.present(hidden_BSD), spread.present(spread.read(batch.labels_BS))
 
     def loss_sums(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moebius.kernels.cross_entropy import Teacher, linear_cross_entropy
 from moebius.kernels.random import uniform
-from moebius.kernels.registry import Kernels
+from moebius.kernels.registry import PLAIN, Kernels
 from moebius.model.config import ExitsConfig
 from moebius.model.context import StepContext
 from moebius.model.decoder import Decoder
@@ -37,9 +37,9 @@ class TeacherModel:
     seed: int = 0
 
     @torch.no_grad()
-    def predict(self, batch: TokenBatch) -> Teacher:
+    def predict(self, batch: TokenBatch, kernels: Kernels = PLAIN) -> Teacher:
         """Its final hidden states and head; it selects causally and is not trained."""
-        own = StepContext("threshold", Ledger(), self.step, self.seed)
+        own = StepContext("threshold", Ledger(), self.step, self.seed, kernels=kernels)
         with self.executor.autocast(batch.tokens_BS.device):
             hidden_TD = self.executor.hidden(batch, own).flatten(0, 1)
         return Teacher(hidden_TD, self.executor.decoder.head_weight.detach(), self.temperature)

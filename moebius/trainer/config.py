@@ -298,8 +298,9 @@ def compile_rules(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "kernels.compile", "true, but numbers of rows of several kinds of experts vary"
         )
-    if config.kernels.attention == "blocks":
-        yield Problem("kernels.attention", "blocks cannot be compiled; use sdpa")
+    attention = config.kernels.attention
+    if attention not in (None, "sdpa"):
+        yield Problem("kernels.attention", f"{attention} with kernels.compile=true; use sdpa")
 
 
 RUN_RULES = (batch_rules, schedule_rules, vocabulary_rules, repeat_rules, muon_rules, compile_rules)

@@ -18,8 +18,9 @@ PRIMITIVE_CAPACITY = 16384
 """of oneDNN's 1024 too few for the numbers of rows that experts get"""
 WORST_FP32 = 5e-6
 """relative error of a product in fp32; in bf16 it is a thousand times as large"""
-MALLOPT = ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30))
-"""M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD: return nothing, ask for much at once"""
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+LARGEST_FROM_HEAP = (2**30, 2**25)
+"""sizes up to which tensors come from the heap; old versions of glibc refuse the first"""
 
 
 class CPUConfig(ConfigNode):
@@ -102,4 +103,8 @@ def _keep_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL("libc.so.6").mallopt
-    return all([mallopt(*option) == 1 for option in MALLOPT])
+    if not any(mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST_FROM_HEAP):
+        return False  # the others alone would let every large tensor be cleared anew
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TOP_PAD, 2**26)
+    return True

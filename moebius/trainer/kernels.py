@@ -16,6 +16,8 @@ from moebius.model.moe.config import MoEConfig
 from moebius.trainer.cpu import uses_onednn
 
 Either = Literal["torch", "triton"]
+RECOMPILE_LIMIT = 64
+"""kinds of layers and passes that differ in what is compiled; torch gives up at 8"""
 FEW_EXPERTS = 16
 """up to so many their groups are large, and rounding them up costs little"""
 
@@ -93,6 +95,7 @@ def prepare_compiler(device: torch.device) -> None:
     settings: Any = importlib.import_module("torch._dynamo.config")  # it takes a while
     settings.capture_dynamic_output_shape_ops = True
     settings.capture_scalar_outputs = True
+    settings.recompile_limit = RECOMPILE_LIMIT
 
 
 def _name(config: KernelsConfig, operation: Operation, device: torch.device) -> str:

@@ -97,7 +97,7 @@ def test_long_rows_keep_no_probabilities(monkeypatch: pytest.MonkeyPatch) -> Non
     segments = documents([[4, 3]])
     inputs = operands(segments, 4, 2, torch.float64)
     sight = Sight(lambda: document_mask(segments), segments)
-    monkeypatch.setattr(attention, "LONGEST_IN_BLOCKS", 6)
+    monkeypatch.setattr(attention, "KEPT_BYTES", 1000)
     assert torch.equal(blocks(*inputs, sight), sdpa(*inputs, sight))
 
 

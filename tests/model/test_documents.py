@@ -1,5 +1,7 @@
 """Packing documents into rows changes nothing for each of them."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import torch
@@ -35,3 +37,17 @@ def test_absolute_position_does_not_matter() -> None:
     torch.testing.assert_close(
         hidden(executor, shifted), hidden(executor, batch), atol=5e-3, rtol=0
     )
+
+
+def test_masks_go_with_their_context() -> None:
+    """Without waiting for the collector: one of long rows is hundreds of megabytes."""
+    executor = build(torch.float64, depth={"num_layers": 1})
+    tokens = executor.tokens(random_batch(2, 12))
+    mask = weakref.ref(tokens.sight.mask_BSJ)
+    assert tokens.attention_mask_BQS is mask()
+    gc.disable()
+    try:
+        del tokens
+        assert mask() is None
+    finally:
+        gc.enable()

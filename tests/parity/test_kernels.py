@@ -12,7 +12,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from moebius.kernels.registry import BACKENDS, PLAIN, Kernels, choose
+from moebius.kernels.registry import BACKENDS, PLAIN, Kernels, Operation, choose
 from moebius.model.context import StepContext
 from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
@@ -78,6 +78,15 @@ def test_triton(name: str) -> None:
     kernels = choose(TRITON, DEVICE, torch.float32, alignment=4)
     expected = step(name, torch.float32, PLAIN)
     assert_alike(step(name, torch.float32, kernels), expected, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("operation", ["permute", "grouped_gemm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_backends_mix(operation: Operation, dtype: torch.dtype) -> None:
+    """Triton's sort leaves rows behind those of the last expert, which others must not mind."""
+    kernels = choose({operation: "triton"}, DEVICE, dtype, alignment=4)
+    expected = step("moepp", dtype, PLAIN)
+    assert_alike(step("moepp", dtype, kernels), expected, rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.slow

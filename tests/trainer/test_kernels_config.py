@@ -155,6 +155,7 @@ COMPILED = {"kernels": {"compile": True}}
         ({"parallel": {"tp": 2}}, "kernels.compile", "parallel.tp=2"),
         ({"parallel": {"engine": "deepspeed"}}, "kernels.compile", "engine=deepspeed"),
         ({"kernels": {"compile": True, "attention": "blocks"}}, "kernels.attention", "use sdpa"),
+        ({"kernels": {"compile": True, "attention": "varlen"}}, "kernels.attention", "use sdpa"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(

@@ -203,7 +203,7 @@ def sum_kernel(
     total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     if HAS_Y:
         total += tl.load(y + at, mask=mask, other=0).to(tl.float32)
-    for k in tl.static_range(TOP_K):
+    for k in range(TOP_K):
         assignment = token * TOP_K + k
         row = tl.load(row_of + assignment, mask=inside, other=-1)
         taken = row >= 0

@@ -108,10 +108,9 @@ class GRUExpert(ParameterModule):
 
     def __init__(self, hidden_size: int, state_size: int, std: float) -> None:
         super().__init__()
-        self.declare(
-            "input_weight", (3 * state_size, hidden_size), ParameterSpec(Role.MATRIX, std=std)
-        )
-        recurrent = ParameterSpec(Role.MATRIX, std=(3 * state_size) ** -0.5)
+        gates = ParameterSpec(Role.MATRIX, std=std, stacked=3)
+        self.declare("input_weight", (3 * state_size, hidden_size), gates)
+        recurrent = replace(gates, std=(3 * state_size) ** -0.5)
         self.declare("state_weight", (3 * state_size, state_size), recurrent)
         self.declare("input_bias", (3 * state_size,), ParameterSpec(Role.BIAS))
         self.declare("state_bias", (3 * state_size,), ParameterSpec(Role.BIAS))

@@ -188,6 +188,9 @@ class Router(ParameterModule):
             mask = candidates.mask(select_TN, self.pool, route)
             select_TN = select_TN.masked_fill(~mask, float("-inf"))
         scores = Scores(affinity_TN, norm.probabilities(affinity_TN), select_TN, threshold)
+        if picked is not None:
+            logsumexp_T = picked.logsumexp_T if scaled_TN is logits_TN else None
+            scores = replace(scores, entropy_T=picked.entropy_T, logsumexp_T=logsumexp_T)
 
         def choose() -> Tensor:
             return selector.select(scores, route) if picked is None else picked.ids_TK
@@ -253,7 +256,11 @@ class Router(ParameterModule):
         num_experts = self.pool.num_experts
         k_T = (chosen.ids_TK >= 0).sum(dim=1)
         k_counts = torch.zeros(chosen.ids_TK.shape[1] + 1, device=valid_T.device)
-        entropy_T = entropy(chosen.probs_TN.detach(), "shannon", 1.0, normalized=True)
+        entropy_T, logsumexp_T = scores.entropy_T, scores.logsumexp_T
+        if entropy_T is None:
+            entropy_T = entropy(chosen.probs_TN.detach(), "shannon", 1.0, normalized=True)
+        if logsumexp_T is None:
+            logsumexp_T = chosen.logits_TN.logsumexp(dim=-1)
         ledger.record(
             route.site,
             tokens=valid_T.sum(),
@@ -262,7 +269,7 @@ class Router(ParameterModule):
             dropped=((chosen.ids_TK >= 0) & (limited.ids_TK != chosen.ids_TK)).sum(),
             prob_sums=seen.per_row.prob_sums_GN.sum(dim=0),
             entropy=(entropy_T * valid_T).sum(),
-            logsumexp_squares=(chosen.logits_TN.logsumexp(dim=-1).square() * valid_T).sum(),
+            logsumexp_squares=(logsumexp_T.square() * valid_T).sum(),
             k_histogram=k_counts.scatter_add(0, k_T, valid_T.to(k_counts.dtype)),
         )
         if any(controller.needs_histogram for controller in self._controllers()):
