@@ -45,3 +45,9 @@ class TrainingError(MoebiusError):
     """Training cannot go on."""
 
     exit_code = 6
+
+
+class LaunchError(MoebiusError):
+    """A scheduler, or the machines that it gave, cannot run what was asked for."""
+
+    exit_code = 7
