@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ class Group:
     """Processes along one or several axes of a mesh; one alone communicates nothing.
 
     Tensors must be alike everywhere but where splits say otherwise. Every process of the group
-    makes the same calls in the same order.
+    makes the same calls in the same order. `rank` is that of this process in the world.
     """
 
     def __init__(
@@ -60,13 +61,14 @@ class Group:
         ranks: Sequence[int],
         process_group: dist.ProcessGroup | None,
         traffic: Traffic,
+        rank: int,
     ) -> None:
         self.axis = axis
         self.ranks = tuple(ranks)
         self.process_group = process_group
         self.traffic = traffic
         self.size = len(self.ranks)
-        self.rank = self.ranks.index(dist.get_rank()) if self.size > 1 else 0
+        self.rank = self.ranks.index(rank)
         """own number in the group"""
 
     def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -129,6 +131,14 @@ class Group:
         with self.traffic.waiting():
             dist.all_to_all_single(received, sent, group=self.process_group)
         return received
+
+    def objects(self, value: Any) -> list[Any]:
+        """Everyone's value, which is pickled, in order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.process_group)
+        return found
 
     def _count(self, operation: str, x: Tensor) -> None:
         self.traffic.add(self.axis, operation, x.numel() * x.element_size())

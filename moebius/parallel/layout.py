@@ -21,7 +21,6 @@ from moebius.parallel.deepspeed import DeepSpeedEngine
 from moebius.parallel.engine import Engine, MakeOptimizer, ReplicatedEngine
 from moebius.parallel.ledger import merge_results
 from moebius.parallel.mesh import Mesh
-from moebius.parallel.messages import Channel, directed
 from moebius.parallel.part import Part
 from moebius.parallel.pipeline import PipelineExecutor, neighbours
 from moebius.parallel.place import place, row_spread
@@ -39,7 +38,7 @@ class Layout:
     Give it a whole, initialised decoder, the same on every process; the layout must be legal for
     it, see `parallel.rules`. One process alone is a layout, too. `row_length` is that of rows in
     training, at which pipeline stages are to be alike in cost. Parts move to `device`. `whole` are
-    the roles whose matrices the optimizer needs in one piece.
+    the roles whose matrices the optimizer needs in one piece; `mesh` is made where none is given.
     """
 
     def __init__(
@@ -51,12 +50,13 @@ class Layout:
         autocast_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         whole: frozenset[Role] = frozenset(),
+        mesh: Mesh | None = None,
     ) -> None:
         device = device or decoder.norm.weight.device
         self.config = config
         self.decoder = decoder
         self.program = decoder.program
-        self.mesh = Mesh(config, device.type)
+        self.mesh = mesh or Mesh(config, device.type)
         self.num_parameters = sum(p.numel() for p in decoder.parameters())
         """of the whole model"""
         self.stages = _stages(decoder, config, row_length)
@@ -70,7 +70,8 @@ class Layout:
             )
         tied = _keep_parts(decoder, self._parts(), self.mesh)
         placed = place(decoder, config, self.mesh, tied)
-        decoder.to(device)  # only now: a device need not hold the whole model
+        if decoder.norm.weight.device != device:
+            decoder.to(device)  # only now: a device need not hold the whole model
         spread = row_spread(config, self.mesh, cost)
         local = LocalExecutor(decoder, autocast_dtype, spread=spread)
         self.executor = self._executor(local, device)
@@ -97,11 +98,11 @@ class Layout:
         """What runs the parts of this process; a collective call."""
         depth = self.mesh.depth
         if self.ring is not None:
-            channel = Channel(depth, *directed(self.mesh, self.ring.pairs), device)
+            channel = self.mesh.channel(self.ring.pairs, device)
             return RingExecutor(local, self.ring, channel, self.config.ring)
         if self.stages:
             own = self.stages[depth.rank :: depth.size]
-            channel = Channel(depth, *directed(self.mesh, neighbours(self.stages, depth)), device)
+            channel = self.mesh.channel(neighbours(self.stages, depth), device)
             return PipelineExecutor(local, own, channel, self.config.pipeline.schedule)
         return local
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moebius.model.executor import StepResult
@@ -43,7 +42,7 @@ def _merge_rows(ledger: Ledger, dp: Group) -> Ledger:
         merged.statistics[site] = _unflatten(part, flat)
     merged.work = _work_of(ledger.work, work.tolist())
     for site, ids_BSK in ledger.routings.items():
-        for rows in gather_objects(ids_BSK.cpu(), dp):
+        for rows in dp.objects(ids_BSK.cpu()):
             merged.record_routing(site, rows)
     return merged
 
@@ -66,7 +65,7 @@ def merge_depth(
     total: dict[str, Tensor] = {}
     parts: list[Ledger] = []
     rows: list[tuple[Any, dict[Site, Tensor]]] = []
-    for found, auxiliary, sums_of, work, routings_of in gather_objects(booked, depth):
+    for found, auxiliary, sums_of, work, routings_of in depth.objects(booked):
         for name, loss in _to(found, device).items():
             total[name] = total[name] + loss if name in total else loss
         part = Ledger()
@@ -85,15 +84,6 @@ def merge_depth(
 
 def _sums_of(ledger: Ledger) -> list[dict[str, Tensor]]:
     return [ledger.losses, *ledger.statistics.values()]
-
-
-def gather_objects(value: Any, group: Group) -> list[Any]:
-    """Everyone's value, small and picklable."""
-    if group.size == 1:
-        return [value]
-    found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, value, group=group.process_group)
-    return found
 
 
 def _flatten(tensors: Mapping[Any, Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from moebius.errors import LayoutError
 from moebius.parallel.comm import Group, Traffic
 from moebius.parallel.config import ParallelConfig
+from moebius.parallel.messages import Channel
 
 DENSE = ("pp", "rp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT = ("pp", "rp", "edp", "ep", "etp")
@@ -55,11 +56,19 @@ class Mesh:
     """Groups of processes by axis. Making it is a collective call where there are several.
 
     The groups that come in more than one size are all made here, in the same order everywhere.
+    `rank` and `world_size` are those of this process where they are given, else of torch's world.
     """
 
-    def __init__(self, config: ParallelConfig, device_type: str = "cpu") -> None:
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+    def __init__(
+        self,
+        config: ParallelConfig,
+        device_type: str = "cpu",
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        started = dist.is_initialized()
+        self.world_size = world_size or (dist.get_world_size() if started else 1)
+        self.rank = (dist.get_rank() if started else 0) if rank is None else rank
         self.axes = Axes.of(config, self.world_size)
         self.traffic = Traffic()
         self.device_type = device_type
@@ -99,9 +108,30 @@ class Mesh:
         among them; a collective call of all processes."""
         partners = partition(self.axes.dense, ("pp", "rp"))
         lists = [[ranks[member] for member in members] for ranks in partners]
-        group, _ = dist.new_subgroups_by_enumeration(lists, timeout=self.timeout)
+        process_group = self._connect(lists)
         own = next((ranks for ranks in lists if self.rank in ranks), None)
-        return None if own is None else Group("depth", own, group, self.traffic)
+        if own is None:
+            return None
+        return Group("depth", own, process_group, self.traffic, self.rank)
+
+    def channel(self, pairs: Iterable[tuple[int, int]], device: torch.device) -> Channel:
+        """Messages between processes that hold different layers, a communicator for each (sender,
+        receiver); a collective call of all processes.
+
+        Each is used once here, one after the other: NCCL connects two processes in their first
+        message, and two that send to each other first would wait for ever.
+        """
+        outgoing, incoming, own = {}, {}, self.depth.rank
+        for sender, receiver in sorted(pairs):
+            group = self.depth_group((sender, receiver))
+            greeting = torch.zeros(1, device=self.device_type)
+            if group is not None and sender == own:
+                outgoing[receiver] = group
+                dist.send(greeting, self.depth.ranks[receiver], group.process_group)
+            elif group is not None:
+                incoming[sender] = group
+                dist.recv(greeting, self.depth.ranks[sender], group.process_group)
+        return Channel(self.depth, outgoing, incoming, device)
 
     def _copies(self, number: int, *axes: str) -> Group:
         """So many neighbours along tp, and the processes of some other axes."""
@@ -113,11 +143,22 @@ class Mesh:
     def _make(self, name: str, lists: list[list[int]]) -> Group:
         own = next(ranks for ranks in lists if self.rank in ranks)
         if len(own) == 1:
-            return Group(name, own, None, self.traffic)
-        if len(own) == self.world_size:
-            return Group(name, own, dist.group.WORLD, self.traffic)
+            process_group = None
+        elif len(own) == self.world_size:
+            process_group = self._whole_world()
+        else:
+            process_group = self._connect(lists)
+        return Group(name, own, process_group, self.traffic, self.rank)
+
+    def _whole_world(self) -> dist.ProcessGroup | None:
+        world: dist.ProcessGroup | None = dist.group.WORLD
+        return world
+
+    def _connect(self, lists: list[list[int]]) -> dist.ProcessGroup | None:
+        """A new communicator of the list that this process is in; a collective call."""
+        group: dist.ProcessGroup | None
         group, _ = dist.new_subgroups_by_enumeration(lists, timeout=self.timeout)
-        return Group(name, own, group, self.traffic)
+        return group
 
     def describe(self, processes_per_node: int) -> Iterator[str]:
         """Lines that say how long each axis is and whether it leaves a node."""

@@ -7,7 +7,7 @@ activations, so a header says what follows. Tensors of one dtype travel together
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moebius.parallel.comm import Group
-from moebius.parallel.mesh import Mesh
 
 DTYPES = (
     torch.float64,
@@ -27,28 +26,6 @@ DTYPES = (
     torch.int32,
     torch.bool,
 )
-
-
-def directed(
-    mesh: Mesh, pairs: Iterable[tuple[int, int]]
-) -> tuple[dict[int, Group], dict[int, Group]]:
-    """A communicator for each (sender, receiver): those that this process sends and receives with,
-    by partner. A collective call of all processes.
-
-    Each is used once here, one after the other: NCCL connects two processes in their first message,
-    and two that send to each other first would wait for ever.
-    """
-    outgoing, incoming, own = {}, {}, mesh.depth.rank
-    for sender, receiver in sorted(pairs):
-        group = mesh.depth_group((sender, receiver))
-        greeting = torch.zeros(1, device=mesh.device_type)
-        if group is not None and sender == own:
-            outgoing[receiver] = group
-            dist.send(greeting, mesh.depth.ranks[receiver], group.process_group)
-        elif group is not None:
-            incoming[sender] = group
-            dist.recv(greeting, mesh.depth.ranks[sender], group.process_group)
-    return outgoing, incoming
 
 
 @dataclass
@@ -91,13 +68,16 @@ class Channel:
         self, buffers: Sequence[Tensor], stage_rank: int, key: Hashable, kind: str = "send"
     ) -> None:
         sent = self.pending.setdefault(key, [])
-        process_group = self.outgoing[stage_rank].process_group
         for buffer in (buffer for buffer in buffers if len(buffer)):
             size = buffer.numel() * buffer.element_size()
             self.group.traffic.add(self.group.axis, kind, size)
-            work = dist.isend(buffer, self.group.ranks[stage_rank], process_group)
-            assert work is not None
-            sent.append((work, buffer))
+            work = self._begin(buffer, stage_rank)
+            if work is not None:
+                sent.append((work, buffer))
+
+    def _begin(self, buffer: Tensor, stage_rank: int) -> dist.Work | None:
+        process_group = self.outgoing[stage_rank].process_group
+        return dist.isend(buffer, self.group.ranks[stage_rank], process_group)
 
     def receive_nest(self, stage_rank: int) -> tuple[Any, list[Tensor]]:
         """A nest, and its tensors for which gradients must be sent back: leaves."""

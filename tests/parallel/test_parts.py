@@ -15,13 +15,13 @@ from moebius.parallel.comm import Group, Traffic
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.expert import owners
 from moebius.parallel.mesh import Axes, Mesh, partition
-from moebius.parallel.messages import Channel, Slot, directed, replaced, tensors_of
+from moebius.parallel.messages import Slot, replaced, tensors_of
 from moebius.parallel.part import Box, Part
 from moebius.parallel.placement import Cut
 from moebius.parallel.tensor import VocabularyPart
 from tests.parity.forks import run_forked
 
-ALONE = Group("alone", (0,), None, Traffic())
+ALONE = Group("alone", (0,), None, Traffic(), 0)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 7, 16])
@@ -80,7 +80,7 @@ def test_an_owner_holds_equal_runs_of_each_group_of_experts() -> None:
 
 
 def test_a_cut_that_does_not_divide_is_refused() -> None:
-    group = Group("two", (0,), None, Traffic())
+    group = Group("two", (0,), None, Traffic(), 0)
     group.size = 2
     with pytest.raises(ValueError, match=r"dimension 0 of \[3, 2\] in 1 x 2"):
         Cut(group, 0).take(torch.zeros(3, 2))
@@ -131,7 +131,7 @@ def test_parts_are_the_elements_that_cuts_and_sharing_out_leave(
 
 
 def _group(rank: int) -> Group:
-    group = Group("four", (0,), None, Traffic())
+    group = Group("four", (0,), None, Traffic(), 0)
     group.size, group.rank = 4, rank
     return group
 
@@ -178,7 +178,7 @@ class Nest:
 
 def send_around() -> list[Any]:
     mesh = Mesh(ParallelConfig(pp=2))
-    channel = Channel(mesh.depth, *directed(mesh, [(0, 1), (1, 0)]), torch.device("cpu"))
+    channel = mesh.channel([(0, 1), (1, 0)], torch.device("cpu"))
     if mesh.depth.rank == 0:
         twice = torch.ones(2, 3, requires_grad=True) * 2
         ids = torch.tensor([[1, -1]])

@@ -1,0 +1,125 @@
+"""How many bytes of tensors are alive, and what they were when there were most of them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process when it held most."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """all else: what waits for its backward pass, messages, buffers of collectives, scratch"""
+
+    @property
+    def total(self) -> int:
+        """Of all kinds."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows every storage that an operation returns, until it is freed.
+
+    What an operation allocates for itself and frees before it returns is not seen, nor what an
+    allocator rounds up or keeps.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self.at_peak: Callable[[], None] = lambda: None
+        """called whenever there has never been as much"""
+        self._sizes: dict[int, int] = {}
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Follow tensors that were made outside of the mode, too."""
+        for tensor in tensors:
+            self._follow(tensor)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._follow_all(out)
+        return out
+
+    def _follow_all(self, out: Any) -> None:
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self._follow(leaf)
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._sizes:
+            return
+        size = storage.nbytes()
+        self._sizes[key] = size
+        self.live += size
+        weakref.finalize(storage, self._forget, key)
+        if self.live > self.peak:
+            self.peak = self.live
+            self.at_peak()
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of the storages of some tensors, each counted once."""
+    found = {id(storage): storage for t in tensors for storage in (t.untyped_storage(),)}
+    return sum(storage.nbytes() for storage in found.values())
+
+
+class Peak:
+    """Keeps what a process held when it held most.
+
+    `weights` and `state` never change while it looks; gradients come and go.
+    """
+
+    def __init__(self, live: LiveBytes, weights: Sequence[Tensor], state: Sequence[Tensor]) -> None:
+        self.live = live
+        self.weights = weights
+        self.weight_bytes = bytes_of(weights)
+        self.state_bytes = bytes_of(state)
+        self.gradients: Callable[[], Iterable[Tensor]] = lambda: (
+            w.grad for w in weights if w.grad is not None
+        )
+        live.watch([*weights, *state])
+        live.peak = 0
+        live.at_peak = self._look
+        self.memory = Memory(self.weight_bytes, 0, self.state_bytes, 0)
+        self._gradient_bytes = 0
+
+    def _look(self) -> None:
+        gradients = bytes_of(self.gradients())
+        known = self.weight_bytes + self.state_bytes + gradients
+        self.memory = Memory(self.weight_bytes, gradients, self.state_bytes, self.live.live - known)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What an optimizer remembers."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def parameters_of(module: nn.Module) -> list[Tensor]:
+    """Its parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]

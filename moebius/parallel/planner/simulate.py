@@ -1,0 +1,181 @@
+"""One optimizer step of some processes of a large world, in this process and without its numbers.
+
+The code is that of training: the layout is built, micro-batches go forwards and backwards, the
+engine steps. Floats are shapes (`shapes`), the other processes are not there (`world`), but for
+those that hold other layers: they are simulated beside, for messages have the shapes that their
+senders give them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moebius.kernels.registry import PLAIN, Kernels
+from moebius.model.config import ModelConfig
+from moebius.model.context import Recompute, StepContext
+from moebius.model.decoder import Decoder
+from moebius.model.ledger import Ledger
+from moebius.model.parameters import Role
+from moebius.model.program import FINAL_STEP
+from moebius.parallel.comm import Traffic
+from moebius.parallel.config import ParallelConfig
+from moebius.parallel.engine import MakeOptimizer
+from moebius.parallel.layout import Layout
+from moebius.parallel.mesh import Axes, partition
+from moebius.parallel.planner.live import (
+    LiveBytes,
+    Memory,
+    Peak,
+    bytes_of,
+    optimizer_state,
+    parameters_of,
+)
+from moebius.parallel.planner.shapes import Shapes
+from moebius.parallel.planner.world import Post, SimulatedMesh
+
+
+@dataclass(frozen=True)
+class Job:
+    """What processes are to do in a step."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    world_size: int
+    rows: int
+    """of a batch"""
+    micro_batch_size: int
+    row_length: int
+    make_optimizer: MakeOptimizer
+    recompute: Recompute = "none"
+    autocast: torch.dtype | None = None
+    whole: frozenset[Role] = frozenset()
+    """see `Layout`"""
+    kernels: Kernels = PLAIN
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a step took of one process."""
+
+    rank: int
+    memory: Memory
+    gradients: int
+    """bytes of all gradients at the end of the backward pass"""
+    traffic: Traffic
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch: rows of one document each."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    segment_ids_BS: Tensor
+    positions_BS: Tensor
+    sample_ids_B: Tensor
+
+    @classmethod
+    def of(cls, start: int, end: int, length: int) -> Rows:
+        """Samples of a batch."""
+        tokens = torch.zeros(end - start, length, dtype=torch.int64)
+        positions = torch.arange(length).repeat(end - start, 1)
+        return cls(tokens, tokens + 1, tokens.clone(), positions, torch.arange(start, end))
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all rows."""
+        return self.tokens_BS.numel()
+
+    def rows(self, start: int, end: int) -> Rows:
+        """Some of the rows."""
+        return Rows(*(tensor[start:end] for tensor in vars(self).values()))
+
+
+def use_of_step(job: Job, layout: Layout, live: LiveBytes) -> Usage:
+    """Train a step under a mode that follows storages, which must be on."""
+    engine = layout.engine
+    peak = Peak(live, parameters_of(layout.decoder), optimizer_state(engine.optimizer))
+    layout.mesh.traffic.take()
+    ranges = layout.row_ranges(job.rows, job.micro_batch_size)
+    batches = [Rows.of(start, end, job.row_length) for start, end in ranges]
+    step = StepContext(
+        "topk",
+        Ledger(),
+        step=FINAL_STEP,
+        training=True,
+        recompute=job.recompute,
+        kernels=job.kernels,
+    )
+    layout.accumulate_gradients(batches, job.rows * job.row_length, step)
+    gradients = bytes_of(peak.gradients())
+    engine.step(1.0)
+    return Usage(layout.mesh.rank, peak.memory, gradients, layout.mesh.traffic.take())
+
+
+def simulate(job: Job, rank: int = 0) -> list[Usage]:
+    """The use of a process, and of those that hold other layers beside it, in order of layers.
+
+    Raises LayoutError where the processes do not fill the axes. The layout must be legal for the
+    model and is not run by DeepSpeed.
+    """
+    axes = Axes.of(job.parallel, job.world_size)
+    partners = next(p for p in partition(axes.dense, ("pp", "rp")) if rank in p)
+    post = Post()
+    tasks = [_Task(job, partner, post) for partner in partners]
+    if len(tasks) == 1:
+        return [tasks[0].run()]
+    return _side_by_side(tasks)
+
+
+@dataclass
+class _Task:
+    """A process to simulate."""
+
+    job: Job
+    rank: int
+    post: Post
+    usage: Usage | None = None
+    errors: list[BaseException] = field(default_factory=list)
+
+    def run(self) -> Usage:
+        """Build the layout and train a step."""
+        job = self.job
+        with Shapes() as live:
+            layout = Layout(
+                Decoder(job.model),
+                job.parallel,
+                job.make_optimizer,
+                job.row_length,
+                job.autocast,
+                torch.device("cpu"),
+                job.whole,
+                SimulatedMesh(job.parallel, self.rank, job.world_size, self.post),
+            )
+            self.usage = use_of_step(job, layout, live)
+        return self.usage
+
+    def try_to_run(self) -> None:
+        """The same, in a thread."""
+        try:
+            self.run()
+        except BaseException as error:
+            self.errors.append(error)
+            self.post.close()
+
+
+def _side_by_side(tasks: Sequence[_Task]) -> list[Usage]:
+    runs: list[Callable[[], None]] = [task.try_to_run for task in tasks]
+    threads = [threading.Thread(target=run, daemon=True) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for task in tasks:
+        for error in task.errors:
+            raise error
+    return [task.usage for task in tasks if task.usage is not None]

@@ -1,0 +1,108 @@
+"""One process of a world that is not there: its groups, whose collectives go nowhere."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import FakeProcessGroup
+from torch.distributed.distributed_c10d import GroupName
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from moebius.parallel.comm import Group
+from moebius.parallel.config import ParallelConfig
+from moebius.parallel.mesh import Mesh
+from moebius.parallel.messages import Channel
+
+PATIENCE = 300.0
+"""seconds in which another simulated process must have sent what it has to send"""
+
+
+@dataclass
+class Post:
+    """Messages between simulated processes that hold different layers, by (sender, receiver)."""
+
+    boxes: dict[tuple[int, int], queue.Queue[Tensor | None]] = field(default_factory=dict)
+
+    def box(self, sender: int, receiver: int) -> queue.Queue[Tensor | None]:
+        """Where messages wait."""
+        return self.boxes.setdefault((sender, receiver), queue.Queue())
+
+    def close(self) -> None:
+        """Tell everyone who waits that nothing will come."""
+        for box in tuple(self.boxes.values()):
+            box.put(None)
+
+
+class SimulatedMesh(Mesh):
+    """The mesh as one of so many processes sees it; nobody else is needed.
+
+    A reduction returns the own summand, a gather the own part again and again: shapes are right,
+    and so are integers where all processes do alike.
+    """
+
+    def __init__(
+        self, config: ParallelConfig, rank: int, world_size: int, post: Post | None = None
+    ) -> None:
+        self.post = post or Post()
+        super().__init__(config, "cpu", rank, world_size)
+
+    def _whole_world(self) -> dist.ProcessGroup | None:
+        return self._connect([list(range(self.world_size))])
+
+    def _connect(self, lists: list[list[int]]) -> dist.ProcessGroup | None:
+        own = next((ranks for ranks in lists if self.rank in ranks), None)
+        if own is None:
+            return None
+        return fake_process_group(own.index(self.rank), len(own))
+
+    def _make(self, name: str, lists: list[list[int]]) -> Group:
+        made = super()._make(name, lists)
+        return SimulatedGroup(made.axis, made.ranks, made.process_group, made.traffic, self.rank)
+
+    def channel(self, pairs: Iterable[tuple[int, int]], device: torch.device) -> Channel:
+        """See `Mesh`."""
+        return SimulatedChannel(self.depth, {}, {}, device, post=self.post)
+
+
+def fake_process_group(rank: int, size: int) -> dist.ProcessGroup:
+    """One whose collectives return at once, outside of torch's world."""
+    create: Any = FakeProcessGroup._create_internal
+    group = dist.ProcessGroup(FakeStore(), rank, size)
+    kind = dist.ProcessGroup.BackendType.CUSTOM
+    group._set_default_backend(kind)
+    group._register_backend(torch.device("cpu"), kind, create(rank, size))
+    group._set_group_name(GroupName("simulated"))
+    return group
+
+
+class SimulatedGroup(Group):
+    """A group whose other processes do what this one does."""
+
+    def objects(self, value: Any) -> list[Any]:
+        """See `Group`."""
+        return [value] * self.size
+
+
+@dataclass
+class SimulatedChannel(Channel):
+    """Messages through the memory of this process."""
+
+    post: Post = field(default_factory=Post)
+
+    def _begin(self, buffer: Tensor, stage_rank: int) -> None:
+        self.post.box(self.group.rank, stage_rank).put(buffer)
+
+    def _receive(self, buffer: Tensor, stage_rank: int) -> Tensor:
+        sent = self.post.box(stage_rank, self.group.rank).get(timeout=PATIENCE)
+        if sent is None:
+            raise RuntimeError("another simulated process has failed")
+        assert sent.shape == buffer.shape, (sent.shape, buffer.shape)
+        if not buffer.dtype.is_floating_point:
+            buffer.copy_(sent)
+        return buffer
