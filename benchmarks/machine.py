@@ -52,6 +52,12 @@ def machine() -> dict[str, object]:
     }
 
 
+def cpu_name() -> str:
+    """Of this kind of CPU, for the names of files: what matters most for speed."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return f"{os.cpu_count()}-core-cpu{'-avx512' if wide else ''}"
+
+
 def has_bf16() -> bool:
     """Whether this CPU multiplies in bf16; others emulate it, a hundred times slower."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -100,6 +106,6 @@ def write_result(
     """Write `<name>-<device>.json` with what this machine is; the whole of it."""
     whole = {**machine(), **result}
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{name}-{device or f'{os.cpu_count()}-core-cpu'}.json"
+    target = folder / f"{name}-{device or cpu_name()}.json"
     target.write_text(json.dumps(whole, indent=1) + "\n")
     return whole

@@ -70,7 +70,7 @@ class Layout:
             )
         tied = _keep_parts(decoder, self._parts(), self.mesh)
         placed = place(decoder, config, self.mesh, tied)
-        if decoder.norm.weight.device != device:
+        if any(p.device != device for p in decoder.parameters()):
             decoder.to(device)  # only now: a device need not hold the whole model
         spread = row_spread(config, self.mesh, cost)
         local = LocalExecutor(decoder, autocast_dtype, spread=spread)

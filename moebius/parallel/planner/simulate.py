@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -140,7 +140,6 @@ class _Task:
     rank: int
     post: Post
     usage: Usage | None = None
-    errors: list[BaseException] = field(default_factory=list)
 
     def run(self) -> Usage:
         """Build the layout and train a step."""
@@ -164,8 +163,7 @@ class _Task:
         try:
             self.run()
         except BaseException as error:
-            self.errors.append(error)
-            self.post.close()
+            self.post.failure = self.post.failure or error
 
 
 def _side_by_side(tasks: Sequence[_Task]) -> list[Usage]:
@@ -175,7 +173,7 @@ def _side_by_side(tasks: Sequence[_Task]) -> list[Usage]:
         thread.start()
     for thread in threads:
         thread.join()
-    for task in tasks:
-        for error in task.errors:
-            raise error
+    failure = tasks[0].post.failure
+    if failure is not None:
+        raise failure
     return [task.usage for task in tasks if task.usage is not None]

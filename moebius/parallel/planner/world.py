@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,24 +20,28 @@ from moebius.parallel.config import ParallelConfig
 from moebius.parallel.mesh import Mesh
 from moebius.parallel.messages import Channel
 
-PATIENCE = 300.0
-"""seconds in which another simulated process must have sent what it has to send"""
-
-
 @dataclass
 class Post:
     """Messages between simulated processes that hold different layers, by (sender, receiver)."""
 
-    boxes: dict[tuple[int, int], queue.Queue[Tensor | None]] = field(default_factory=dict)
+    boxes: dict[tuple[int, int], queue.Queue[Tensor]] = field(default_factory=dict)
+    failure: BaseException | None = None
+    """of the first process that failed: nothing will come any more"""
 
-    def box(self, sender: int, receiver: int) -> queue.Queue[Tensor | None]:
-        """Where messages wait."""
+    def send(self, sender: int, receiver: int, message: Tensor) -> None:
+        """Leave a message."""
+        self._box(sender, receiver).put(message)
+
+    def receive(self, sender: int, receiver: int) -> Tensor:
+        """The next message; waits for it."""
+        box = self._box(sender, receiver)
+        while self.failure is None:
+            with suppress(queue.Empty):
+                return box.get(timeout=0.05)
+        raise RuntimeError("another simulated process has failed")
+
+    def _box(self, sender: int, receiver: int) -> queue.Queue[Tensor]:
         return self.boxes.setdefault((sender, receiver), queue.Queue())
-
-    def close(self) -> None:
-        """Tell everyone who waits that nothing will come."""
-        for box in tuple(self.boxes.values()):
-            box.put(None)
 
 
 class SimulatedMesh(Mesh):
@@ -96,12 +101,10 @@ class SimulatedChannel(Channel):
     post: Post = field(default_factory=Post)
 
     def _begin(self, buffer: Tensor, stage_rank: int) -> None:
-        self.post.box(self.group.rank, stage_rank).put(buffer)
+        self.post.send(self.group.rank, stage_rank, buffer)
 
     def _receive(self, buffer: Tensor, stage_rank: int) -> Tensor:
-        sent = self.post.box(stage_rank, self.group.rank).get(timeout=PATIENCE)
-        if sent is None:
-            raise RuntimeError("another simulated process has failed")
+        sent = self.post.receive(stage_rank, self.group.rank)
         assert sent.shape == buffer.shape, (sent.shape, buffer.shape)
         if not buffer.dtype.is_floating_point:
             buffer.copy_(sent)
