@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+COLLECTIVES = {
+    "c10d::allreduce_": ("all_reduce", 0),
+    "c10d::_allgather_base_": ("all_gather", 1),
+    "c10d::_reduce_scatter_base_": ("reduce_scatter", 1),
+}
+"""what they are called elsewhere, and which argument is what a process gives"""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -30,7 +37,8 @@ class Memory:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows every storage that an operation returns, until it is freed.
+    """Follows every storage that an operation returns, until it is freed, and counts what is handed
+    to collectives.
 
     What an operation allocates for itself and frees before it returns is not seen, nor what an
     allocator rounds up or keeps.
@@ -42,6 +50,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self.at_peak: Callable[[], None] = lambda: None
         """called whenever there has never been as much"""
+        self.collectives: dict[str, int] = {}
+        """bytes of their inputs, by operation"""
         self._sizes: dict[int, int] = {}
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
@@ -56,9 +66,18 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        self._count_collective(func, args)
         out = func(*args, **(kwargs or {}))
         self._follow_all(out)
         return out
+
+    def _count_collective(self, func: Any, args: tuple[Any, ...]) -> None:
+        operation = COLLECTIVES.get(func.name())
+        if operation is not None:
+            name, position = operation
+            inputs = args[position] if isinstance(args[position], list) else [args[position]]
+            size = sum(t.numel() * t.element_size() for t in inputs)
+            self.collectives[name] = self.collectives.get(name, 0) + size
 
     def _follow_all(self, out: Any) -> None:
         for leaf in tree_leaves(out):
@@ -84,8 +103,13 @@ class LiveBytes(TorchDispatchMode):
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Of the storages of some tensors, each counted once."""
-    found = {id(storage): storage for t in tensors for storage in (t.untyped_storage(),)}
-    return sum(storage.nbytes() for storage in found.values())
+    storages = [tensor.untyped_storage() for tensor in here(tensors)]
+    return sum(storage.nbytes() for storage in {id(s): s for s in storages}.values())
+
+
+def here(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Of tensors that several processes hold a part of (DTensors), the own part."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
 
 class Peak:
@@ -99,17 +123,18 @@ class Peak:
         self.weights = weights
         self.weight_bytes = bytes_of(weights)
         self.state_bytes = bytes_of(state)
-        self.gradients: Callable[[], Iterable[Tensor]] = lambda: (
-            w.grad for w in weights if w.grad is not None
-        )
-        live.watch([*weights, *state])
+        live.watch(here([*weights, *state]))
         live.peak = 0
         live.at_peak = self._look
         self.memory = Memory(self.weight_bytes, 0, self.state_bytes, 0)
         self._gradient_bytes = 0
 
+    def gradient_bytes(self) -> int:
+        """Of the gradients that there are."""
+        return bytes_of(w.grad for w in self.weights if w.grad is not None)
+
     def _look(self) -> None:
-        gradients = bytes_of(self.gradients())
+        gradients = self.gradient_bytes()
         known = self.weight_bytes + self.state_bytes + gradients
         self.memory = Memory(self.weight_bytes, gradients, self.state_bytes, self.live.live - known)
 

@@ -20,7 +20,6 @@ from moebius.parallel.planner.live import LiveBytes
 aten: Any = torch.ops.aten
 TRUE = ("lt", "le", "gt", "ge", "eq", "logical_not")
 """comparisons that hold where the numbers are not known"""
-INPUTS = (FakeTensor, torch.nn.Parameter)
 
 
 class Shapes(LiveBytes):
@@ -44,6 +43,7 @@ class Shapes(LiveBytes):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        self._count_collective(func, args)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(isinstance(tensor, FakeTensor) for tensor in inputs):
             out = self._shaped(func, args, kwargs)

@@ -9,7 +9,8 @@ senders give them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -26,17 +27,16 @@ from moebius.parallel.comm import Traffic
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.engine import MakeOptimizer
 from moebius.parallel.layout import Layout
-from moebius.parallel.mesh import Axes, partition
+from moebius.parallel.mesh import Axes, Mesh, partition
 from moebius.parallel.planner.live import (
     LiveBytes,
     Memory,
     Peak,
-    bytes_of,
     optimizer_state,
     parameters_of,
 )
 from moebius.parallel.planner.shapes import Shapes
-from moebius.parallel.planner.world import Post, SimulatedMesh
+from moebius.parallel.planner.world import Post, SimulatedMesh, fake_world
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def use_of_step(job: Job, layout: Layout, live: LiveBytes) -> Usage:
     engine = layout.engine
     peak = Peak(live, parameters_of(layout.decoder), optimizer_state(engine.optimizer))
     layout.mesh.traffic.take()
+    live.collectives.clear()
     ranges = layout.row_ranges(job.rows, job.micro_batch_size)
     batches = [Rows.of(start, end, job.row_length) for start, end in ranges]
     step = StepContext(
@@ -112,9 +113,23 @@ def use_of_step(job: Job, layout: Layout, live: LiveBytes) -> Usage:
         kernels=job.kernels,
     )
     layout.accumulate_gradients(batches, job.rows * job.row_length, step)
-    gradients = bytes_of(peak.gradients())
+    gradients = peak.gradient_bytes()
     engine.step(1.0)
-    return Usage(layout.mesh.rank, peak.memory, gradients, layout.mesh.traffic.take())
+    traffic = layout.mesh.traffic.take()
+    if job.parallel.data == "fsdp2":
+        _add_those_of_torch(traffic, live.collectives)
+    return Usage(layout.mesh.rank, peak.memory, gradients, traffic)
+
+
+def _add_those_of_torch(traffic: Traffic, collectives: Mapping[str, int]) -> None:
+    """FSDP2 calls collectives itself: all that were called but ours."""
+    ours: dict[str, int] = {}
+    for (_, operation), sent in traffic.sent.items():
+        ours[operation] = ours.get(operation, 0) + sent
+    for operation, sent in collectives.items():
+        own = sent - ours.get(operation, 0)
+        if own:
+            traffic.add("dp_replicate" if operation == "all_reduce" else "shard", operation, own)
 
 
 def simulate(job: Job, rank: int = 0) -> list[Usage]:
@@ -144,7 +159,14 @@ class _Task:
     def run(self) -> Usage:
         """Build the layout and train a step."""
         job = self.job
-        with Shapes() as live:
+        with ExitStack() as stack:
+            mesh: Mesh
+            if job.parallel.data == "fsdp2":
+                stack.enter_context(fake_world(self.rank, job.world_size))
+                mesh = Mesh(job.parallel)
+            else:
+                mesh = SimulatedMesh(job.parallel, self.rank, job.world_size, self.post)
+            live = stack.enter_context(Shapes())
             layout = Layout(
                 Decoder(job.model),
                 job.parallel,
@@ -153,7 +175,7 @@ class _Task:
                 job.autocast,
                 torch.device("cpu"),
                 job.whole,
-                SimulatedMesh(job.parallel, self.rank, job.world_size, self.post),
+                mesh,
             )
             self.usage = use_of_step(job, layout, live)
         return self.usage

@@ -3,45 +3,47 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FakeProcessGroup
+from torch._C._distributed_c10d import FakeProcessGroup, FakeWork
 from torch.distributed.distributed_c10d import GroupName
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_map
 
 from moebius.parallel.comm import Group
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.mesh import Mesh
 from moebius.parallel.messages import Channel
 
+
 @dataclass
 class Post:
     """Messages between simulated processes that hold different layers, by (sender, receiver)."""
 
-    boxes: dict[tuple[int, int], queue.Queue[Tensor]] = field(default_factory=dict)
+    boxes: dict[tuple[int, int, str], queue.Queue[Any]] = field(default_factory=dict)
     failure: BaseException | None = None
     """of the first process that failed: nothing will come any more"""
 
-    def send(self, sender: int, receiver: int, message: Tensor) -> None:
+    def send(self, sender: int, receiver: int, message: Any, kind: str = "tensors") -> None:
         """Leave a message."""
-        self._box(sender, receiver).put(message)
+        self._box(sender, receiver, kind).put(message)
 
-    def receive(self, sender: int, receiver: int) -> Tensor:
-        """The next message; waits for it."""
-        box = self._box(sender, receiver)
+    def receive(self, sender: int, receiver: int, kind: str = "tensors") -> Any:
+        """The next message of a kind; waits for it."""
+        box = self._box(sender, receiver, kind)
         while self.failure is None:
             with suppress(queue.Empty):
                 return box.get(timeout=0.05)
         raise RuntimeError("another simulated process has failed")
 
-    def _box(self, sender: int, receiver: int) -> queue.Queue[Tensor]:
-        return self.boxes.setdefault((sender, receiver), queue.Queue())
+    def _box(self, *address: Any) -> queue.Queue[Any]:
+        return self.boxes.setdefault(address, queue.Queue())
 
 
 class SimulatedMesh(Mesh):
@@ -68,7 +70,9 @@ class SimulatedMesh(Mesh):
 
     def _make(self, name: str, lists: list[list[int]]) -> Group:
         made = super()._make(name, lists)
-        return SimulatedGroup(made.axis, made.ranks, made.process_group, made.traffic, self.rank)
+        group = SimulatedGroup(made.axis, made.ranks, made.process_group, made.traffic, self.rank)
+        group.post = self.post if name in ("pp", "rp") else None
+        return group
 
     def channel(self, pairs: Iterable[tuple[int, int]], device: torch.device) -> Channel:
         """See `Mesh`."""
@@ -87,11 +91,19 @@ def fake_process_group(rank: int, size: int) -> dist.ProcessGroup:
 
 
 class SimulatedGroup(Group):
-    """A group whose other processes do what this one does."""
+    """A group whose other processes do what this one does, or are simulated beside it."""
+
+    post: Post | None = None
+    """of the latter"""
 
     def objects(self, value: Any) -> list[Any]:
         """See `Group`."""
-        return [value] * self.size
+        if self.post is None:
+            return [value] * self.size
+        for other in self.ranks:
+            self.post.send(self.ranks[self.rank], other, value, "objects")
+        found = [self.post.receive(r, self.ranks[self.rank], "objects") for r in self.ranks]
+        return [tree_map(_own_copy, other) for other in found]
 
 
 @dataclass
@@ -100,12 +112,34 @@ class SimulatedChannel(Channel):
 
     post: Post = field(default_factory=Post)
 
-    def _begin(self, buffer: Tensor, stage_rank: int) -> None:
-        self.post.send(self.group.rank, stage_rank, buffer)
+    def _begin(self, buffer: Tensor, stage_rank: int) -> dist.Work:
+        ranks = self.group.ranks
+        self.post.send(ranks[self.group.rank], ranks[stage_rank], buffer)
+        return FakeWork()
 
     def _receive(self, buffer: Tensor, stage_rank: int) -> Tensor:
-        sent = self.post.receive(stage_rank, self.group.rank)
+        ranks = self.group.ranks
+        sent = self.post.receive(ranks[stage_rank], ranks[self.group.rank])
         assert sent.shape == buffer.shape, (sent.shape, buffer.shape)
         if not buffer.dtype.is_floating_point:
             buffer.copy_(sent)
         return buffer
+
+
+def _own_copy(value: Any) -> Any:
+    """A tensor of this thread: shapes of another belong to the mode that is on there."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dtype.is_floating_point:
+        return torch.empty(value.shape, dtype=value.dtype)
+    return value.clone()
+
+
+@contextmanager
+def fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """Torch's own world, for what asks it: FSDP2."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
