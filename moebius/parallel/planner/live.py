@@ -124,10 +124,13 @@ class Peak:
         self.weight_bytes = bytes_of(weights)
         self.state_bytes = bytes_of(state)
         live.watch(here([*weights, *state]))
-        live.peak = 0
         live.at_peak = self._look
-        self.memory = Memory(self.weight_bytes, 0, self.state_bytes, 0)
-        self._gradient_bytes = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was before."""
+        self.live.peak = 0
+        self._look()
 
     def gradient_bytes(self) -> int:
         """Of the gradients that there are."""

@@ -63,10 +63,18 @@ class Usage:
     """What a step took of one process."""
 
     rank: int
-    memory: Memory
+    passes: Memory
+    """when forward and backward passes held most"""
+    update: Memory
+    """when the reduction of gradients and the optimizer held most"""
     gradients: int
     """bytes of all gradients at the end of the backward pass"""
     traffic: Traffic
+
+    @property
+    def memory(self) -> Memory:
+        """When the step held most."""
+        return max(self.passes, self.update, key=lambda memory: memory.total)
 
 
 @dataclass(frozen=True)
@@ -113,12 +121,13 @@ def use_of_step(job: Job, layout: Layout, live: LiveBytes) -> Usage:
         kernels=job.kernels,
     )
     layout.accumulate_gradients(batches, job.rows * job.row_length, step)
-    gradients = peak.gradient_bytes()
+    gradients, passes = peak.gradient_bytes(), peak.memory
+    peak.begin()
     engine.step(1.0)
     traffic = layout.mesh.traffic.take()
     if job.parallel.data == "fsdp2":
         _add_those_of_torch(traffic, live.collectives)
-    return Usage(layout.mesh.rank, peak.memory, gradients, traffic)
+    return Usage(layout.mesh.rank, passes, peak.memory, gradients, traffic)
 
 
 def _add_those_of_torch(traffic: Traffic, collectives: Mapping[str, int]) -> None:
