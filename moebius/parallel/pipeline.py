@@ -67,9 +67,11 @@ class PipelineExecutor:
     ) -> StepResult:
         """See `LocalExecutor.accumulate_gradients`."""
         size, rank = self.channel.group.size, self.channel.group.rank
-        actions = plan(self.schedule, size, len(self.stages), len(micro_batches))[rank]
+        actions = plan(self.schedule, size, len(self.stages), len(micro_batches))
         run = _Step(self, micro_batches, step, teacher, num_labels)
-        for action in actions:
+        for number in self.stages:
+            run.known |= known_to_have_arrived(actions[self.rank_of(number - 1)], number)
+        for action in actions[rank]:
             run.do(action)
         self.channel.wait()
         return merge_depth(run.losses, run.ledgers, self.channel.group, self.channel.device)
@@ -120,6 +122,8 @@ class _Step:
         self.passing = Passing()
         self.tokens: dict[int, TokenContext] = {}
         """of micro-batches that further stages of this process are to run"""
+        self.known: dict[Key, list[Key]] = {}
+        """by what is received from the stage before, the gradients that it has then taken in"""
         self.losses: dict[str, Tensor] = {}
         self.ledgers: dict[int, Ledger] = {}
 
@@ -128,6 +132,8 @@ class _Step:
         key, passing, channel = (action.stage, action.micro_batch), self.passing, self._channel
         if action.kind is Kind.RECV_F:
             passing.arrived[key], passing.leaves[key] = channel.receive_nest(self._before(action))
+            for sent in self.known.get(key, ()):
+                channel.settle((Kind.SEND_B, sent))
         elif action.kind is Kind.FORWARD:
             self._forward(self.executor.stages[action.stage], action.micro_batch)
         elif action.kind is Kind.SEND_F:
@@ -206,6 +212,21 @@ class _Step:
         torch.autograd.backward(
             self.passing.outputs.pop(key), self.passing.gradients.pop(key, None), inputs=weights
         )
+
+
+def known_to_have_arrived(actions: Sequence[Action], stage: int) -> dict[Key, list[Key]]:
+    """Of gradients that a stage sends to the one before, which that one has received when it sends
+    a micro-batch; `actions` are those of its process. Kept to the end of the step, what was sent
+    would grow with the number of micro-batches."""
+    found: dict[Key, list[Key]] = {}
+    received: list[Key] = []
+    for action in actions:
+        if action.stage == stage - 1 and action.kind is Kind.RECV_B:
+            received.append((stage, action.micro_batch))
+        elif action.stage == stage - 1 and action.kind is Kind.SEND_F:
+            found[stage, action.micro_batch] = received
+            received = []
+    return found
 
 
 def neighbours(stages: Sequence[Stage], depth: Group) -> set[tuple[int, int]]:

@@ -1,0 +1,36 @@
+"""What a run file asks of machines: the job that the planner simulates."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from moebius.kernels.registry import PLAIN
+from moebius.parallel.planner.simulate import Job
+from moebius.trainer.config import RunConfig
+from moebius.trainer.machine import AUTOCAST
+from moebius.trainer.optim import build_optimizer, muon_roles
+
+
+def job_of(config: RunConfig, world_size: int, device_type: str) -> Job:
+    """The training step of a run on so many processes.
+
+    Kernels are the plain ones: what others keep for the backward pass is not planned.
+    """
+    precision = AUTOCAST[config.train.precision]
+    return Job(
+        model=config.model,
+        parallel=config.parallel,
+        world_size=world_size,
+        rows=config.train.batch_size,
+        micro_batch_size=config.train.micro_batch_size or config.train.batch_size,
+        row_length=config.data.sequence_length,
+        make_optimizer=partial(
+            build_optimizer,
+            config=config.optim,
+            muon_dtype=precision if device_type == "cuda" else None,
+        ),
+        recompute=config.train.recompute,
+        autocast=precision,
+        whole=muon_roles(config.optim),
+        kernels=PLAIN,
+    )
