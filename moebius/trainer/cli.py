@@ -19,6 +19,7 @@ from moebius.trainer.commands import (
     evaluate,
     generate,
     inspect,
+    plan,
     prepare,
     schema,
     sweep,
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "audit": audit,
     "describe": describe,
     "evaluate": evaluate,
+    "plan": plan,
     "sweep": sweep,
     "convert": convert,
     "checkpoints": checkpoints,
@@ -67,7 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".yaml", ".yml")):
         words.insert(0, "train")
-    arguments = parser.parse_args(words)
+    arguments, rest = parser.parse_known_args(words)
+    # argparse takes positional arguments in one run; options of the file may follow others, too.
+    if rest and hasattr(arguments, "overrides") and not any(w.startswith("-") for w in rest):
+        arguments.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode still shows the rest
     try:

@@ -1,0 +1,37 @@
+"""Which part of a step processes wait for each other, by their plan of the step."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from moebius.model.cost import BACKWARD_PER_FORWARD
+from moebius.model.decoder import Decoder
+from moebius.parallel.planner.simulate import Job
+from moebius.parallel.planner.whole_step import Shape
+from moebius.parallel.ring.executor import joined, plan_ring
+from moebius.parallel.ring.slices import cut_ring
+from moebius.parallel.schedule import plan, simulate
+from moebius.parallel.stage import cut_stages, unit_costs
+
+
+def idle_share(job: Job, decoder: Decoder) -> float:
+    """Of the time of all processes with different layers, that in which one computes nothing.
+
+    `decoder` is whole and may lie on `meta`. Computing takes as long as its FLOPs say, messages no
+    time; with recompute stages wait as long as without.
+    """
+    config, number = job.parallel, Shape.of(job).micro_batches
+    if config.rp > 1:
+        ring = cut_ring(decoder, config.rp, job.row_length, config.ring.costs)
+        waits = plan_ring(ring, config.ring, joined(ring, config.ring, number)).bubble
+        return waits / (1 + waits)
+    if config.pp == 1:
+        return 0.0
+    pipeline = config.pipeline
+    count = config.pp * pipeline.stages_per_rank
+    stages = cut_stages(decoder, count, job.row_length, pipeline.costs)
+    costs = iter(unit_costs(decoder, job.row_length))
+    times = [float(sum(islice(costs, len(stage.units)))) for stage in stages]
+    times[-1] += decoder.head_flops(job.row_length)
+    actions = plan(pipeline.schedule, config.pp, pipeline.stages_per_rank, number)
+    return simulate(actions, times, [BACKWARD_PER_FORWARD * time for time in times]).idle_share

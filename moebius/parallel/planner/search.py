@@ -1,0 +1,141 @@
+"""Which layout of so many devices: all that there are, priced roughly, the best ones simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from moebius.errors import LayoutError
+from moebius.model.context import Recompute
+from moebius.parallel.planner.device import DeviceProfile
+from moebius.parallel.planner.estimate import ROOM, Plan, make_plan
+from moebius.parallel.planner.rough import RECOMPUTES, Price, Pricing
+from moebius.parallel.planner.simulate import Job
+from moebius.parallel.planner.whole_step import Shape
+from moebius.parallel.rules import Asked, layout_problems
+from moebius.parallel.schedule import plan as plan_pipeline
+
+LONG_ROW = 8192
+"""tokens of a row from which it is worth cutting"""
+WANTED, MOST_SIMULATED = 3, 6
+MOST_STAGES = 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout and what became of it."""
+
+    job: Job
+    price: Price
+    plan: Plan | None = None
+    """where it was simulated"""
+
+
+@dataclass
+class Found:
+    """The result of a search."""
+
+    ranked: list[Candidate] = field(default_factory=list)
+    """simulated and fitting, fastest first"""
+    others: list[Candidate] = field(default_factory=list)
+    """legal, but slower or too large, the fastest first"""
+    refused: dict[str, int] = field(default_factory=dict)
+    """reasons, and how many layouts each has refused"""
+
+
+def search(job: Job, device: DeviceProfile) -> Found:
+    """Rank the layouts of `job.world_size` devices; what `job.parallel` says of axes is ignored.
+
+    Raises LayoutError where none is legal.
+    """
+    found, legal = Found(), []
+    for wanted in _layouts(job, device):
+        reason = _refusal(wanted)
+        if reason is None:
+            legal.append(wanted)
+        else:
+            found.refused[reason] = found.refused.get(reason, 0) + 1
+    if not legal:
+        reason = next(iter(found.refused), "no axes were tried")
+        raise LayoutError(f"--gpus: {job.world_size}; no layout of so many is legal: {reason}")
+    pricing = Pricing(job, device)
+    priced = [Candidate(one, pricing.price(one)) for one in legal]
+    room = ROOM * device.memory
+    # Those that fit, the fastest first; then those that do not, the smallest first.
+    priced.sort(
+        key=lambda c: (
+            c.price.memory > room,
+            c.price.seconds if c.price.memory <= room else 0.0,
+            c.price.memory,
+        )
+    )
+    simulated: list[Candidate] = []
+    for candidate in priced[:MOST_SIMULATED]:
+        simulated.append(replace(candidate, plan=make_plan(candidate.job, device)))
+        if sum(one.plan is not None and one.plan.fits for one in simulated) == WANTED:
+            break
+    plans = [(c, c.plan) for c in simulated if c.plan is not None]
+    fitting = sorted((p.step_seconds, n) for n, (_, p) in enumerate(plans) if p.fits)
+    found.ranked = [simulated[number] for _, number in fitting]
+    found.others = [c for c in simulated if c not in found.ranked] + priced[len(simulated) :]
+    return found
+
+
+def _layouts(job: Job, device: DeviceProfile) -> Iterator[Job]:
+    """All combinations of powers of two; whether they are legal is for the rules to say."""
+    world = job.world_size
+    depth = job.model.depth
+    stages = [n for n in _powers(MOST_STAGES) if world % n == 0]
+    rings = stages if depth.num_recursions > 1 else [1]
+    sequence = [1, 2, 4, 8] if job.row_length >= LONG_ROW else [1]
+    schemes: list[tuple[str, Recompute]] = list(product(("zero1", "fsdp2"), RECOMPUTES))
+    sizes = sorted({job.micro_batch_size, max(1, job.micro_batch_size // 4), 1}, reverse=True)
+    for tp, pp, rp, cp, ep in product(
+        _powers(device.devices_per_node), stages, rings, sequence, _powers(64)
+    ):
+        if (pp > 1 and rp > 1) or world % (tp * pp * rp * cp) or world // (pp * rp) % ep:
+            continue
+        options: Mapping[str, Any] = {"tp": tp, "pp": pp, "rp": rp, "cp": cp, "ep": ep}
+        for data, recompute in schemes:
+            config = job.parallel.model_copy(update={**options, "data": data, "dp_replicate": 1})
+            for size in sizes:
+                yield replace(job, parallel=config, recompute=recompute, micro_batch_size=size)
+
+
+def _powers(limit: int) -> list[int]:
+    return [1 << n for n in range(limit.bit_length()) if 1 << n <= limit]
+
+
+def _refusal(job: Job) -> str | None:
+    """Why a layout is none."""
+    config = job.parallel
+    problems = layout_problems(Asked(job.model, config, job.row_length))
+    for path, message in problems:
+        return f"{path}: {message}"
+    shape = Shape.of(job)
+    if shape.dp > job.rows:
+        return f"train.batch_size: {job.rows} rows for {shape.dp} data-parallel processes"
+    if config.pp > 1:
+        try:
+            plan_pipeline(
+                config.pipeline.schedule,
+                config.pp,
+                config.pipeline.stages_per_rank,
+                shape.micro_batches,
+            )
+        except ValueError as error:
+            return f"parallel.pipeline: {error}"
+    return None
+
+
+def why_it_loses(candidate: Candidate, best: Candidate, device: DeviceProfile) -> str:
+    """In a few words."""
+    plan, winner = candidate.plan, best.plan
+    memory = candidate.price.memory if plan is None else plan.total_bytes
+    seconds = candidate.price.seconds if plan is None else plan.step_seconds
+    reference = best.price.seconds if plan is None or winner is None else winner.step_seconds
+    if memory > ROOM * device.memory:
+        return f"does not fit: {memory / 1e9:,.0f} GB of {ROOM * device.memory / 1e9:,.0f}"
+    return f"slower: {seconds / reference:.2f} times the time"
