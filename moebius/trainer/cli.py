@@ -13,12 +13,14 @@ from moebius.errors import ConfigError, LayoutError, MoebiusError
 from moebius.parallel.world import check_alone, is_first_here, is_main
 from moebius.trainer.commands import (
     audit,
+    calibrate,
     checkpoints,
     convert,
     describe,
     evaluate,
     generate,
     inspect,
+    preflight,
     prepare,
     schema,
     sweep,
@@ -40,6 +42,8 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "train": train,
+    "preflight": preflight,
+    "calibrate": calibrate,
     "prepare": prepare,
     "inspect": inspect,
     "audit": audit,
@@ -51,6 +55,8 @@ COMMANDS: dict[str, Command] = {
     "generate": generate,
     "schema": schema,
 }
+TOGETHER = frozenset({"train", "preflight", "calibrate"})
+"""commands that a launcher may start on several processes"""
 INTERRUPTED = 130
 
 
@@ -71,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode still shows the rest
     try:
-        if arguments.command != "train":
+        if arguments.command not in TOGETHER:
             check_alone(arguments.command)
         return COMMANDS[arguments.command].run(arguments, Console())
     except MoebiusError as error:
