@@ -2,17 +2,18 @@
 
 import argparse
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from moebius.errors import LaunchError
+from moebius.errors import LaunchError, MoebiusError
 from moebius.trainer.commands.arguments import positive, share
 from moebius.trainer.config_file import load_config
 from moebius.trainer.preflight.check import check
 from moebius.trainer.preflight.limits import Limits
-from moebius.trainer.preflight.report import FILE_NAME, Report
+from moebius.trainer.preflight.report import FILE_NAME, Report, write_silence
 from moebius.trainer.preflight.roll import roll_call
 
 TABLE_WIDTH = 120
@@ -44,7 +45,12 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Exit code 0 where nothing stops the job, 7 otherwise."""
     limits = Limits(**{name: getattr(arguments, name) for name in Limits.model_fields})
     load = partial(load_config, arguments.config, arguments.overrides)
-    with roll_call(limits.wait) as roll:
+
+    def blame(nodes: list[str], line: str) -> None:
+        with suppress(MoebiusError, OSError):
+            write_silence(Path(load().run_dir), nodes, line)
+
+    with roll_call(limits.wait, blame) as roll:
         report = check(load, limits, roll)
         if report is None:
             return roll.outcome()

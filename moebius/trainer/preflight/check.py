@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -23,7 +21,7 @@ from moebius.trainer.preflight.facts import Facts, facts_of
 from moebius.trainer.preflight.limits import Finding, Limits
 from moebius.trainer.preflight.measures import measure_clocks, measure_links, measure_products
 from moebius.trainer.preflight.places import checkpoint_bytes, look_at, saved_steps, wanted
-from moebius.trainer.preflight.report import Report, write_silence
+from moebius.trainer.preflight.report import Report
 from moebius.trainer.preflight.roll import Roll, process_group
 
 
@@ -48,7 +46,6 @@ def _prepare(load: Callable[[], RunConfig], roll: Roll) -> tuple[RunConfig, torc
     with roll.stage("run file", alone=True):
         config = load()
         roll.wait = min(roll.wait, config.parallel.timeout)
-        roll.blame = partial(write_silence, Path(config.run_dir))
         check_processes(config, world_size())
     with roll.stage("device", alone=True):
         device = select_device(config.train.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -138,13 +137,12 @@ def write_bad_nodes(folder: Path, nodes: Sequence[str]) -> None:
 
 
 def write_silence(folder: Path, nodes: Sequence[str], line: str) -> None:
-    """The report of a check that some processes did not live to see."""
+    """The report of a check that some processes did not live to see. Raises OSError."""
     finding = {"kind": "error", "check": "processes", "line": line}
     tree = {"verdict": "failed", "bad_nodes": list(nodes), "findings": [finding]}
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / FILE_NAME, json.dumps(tree, indent=1) + "\n")
-        write_bad_nodes(folder, nodes)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / FILE_NAME, json.dumps(tree, indent=1) + "\n")
+    write_bad_nodes(folder, nodes)
 
 
 def _low(rates: Iterator[float]) -> str:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from threading import Event, Thread
 from time import monotonic, sleep
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,11 @@ MARGIN = 5.0
 LATE = 10.0
 """seconds after which others end that the main process should have ended"""
 
+LONG = timedelta(days=1)
+"""a wait that a thread ends"""
+Blame = Callable[[list[str], str], None]
+"""told, on the main process, of nodes whose processes do not answer and of the line that says so"""
+
 
 def node_name() -> str:
     """Of this node, as SLURM calls it where it started the process."""
@@ -49,11 +54,10 @@ def local_rank() -> int:
 class Roll:
     """The processes of a launch, by what they tell a store. Made by `roll_call`."""
 
-    def __init__(self, store: Store, watching: Store, wait: float) -> None:
+    def __init__(self, store: Store, watching: Store, wait: float, blame: Blame) -> None:
         self.store = store
         self.wait = wait
-        self.blame: Callable[[list[str], str], None] = lambda nodes, line: None
-        """told of nodes whose processes do not answer, and of the line that says so"""
+        self.blame = blame
         self._watching = watching
         self._stages = ["start"]
         self._deadline = monotonic() + wait
@@ -62,11 +66,9 @@ class Roll:
 
     def begin(self) -> None:
         """Tell the others that this process is there, and wait for all."""
-        here = {"node": node_name(), "first": rank() - local_rank(), "at": 0}
-        self.store.set(f"here/{rank()}", json.dumps(here))
+        self.store.set(f"here/{rank()}", node_name())
         self._thread.start()
-        # A thread ends the wait.
-        self.store.wait([f"here/{r}" for r in range(world_size())], timedelta(days=1))
+        self.store.wait([f"here/{r}" for r in range(world_size())], LONG)
 
     def reach(self, stage: str) -> None:
         """This process begins a stage; all do, in the same order."""
@@ -110,6 +112,7 @@ class Roll:
     def outcome(self) -> int:
         """What the main process has concluded, for the others."""
         self.reach("report")
+        self.store.wait(["outcome"], LONG)
         return int(self.store.get("outcome"))
 
     def close(self) -> None:
@@ -137,7 +140,6 @@ class Roll:
     def _look(self) -> None:
         late = monotonic() - self._deadline
         if rank() == 0 and self._watching.check(["failure"]):
-            sleep(GRACE)
             self._accuse(*self._failure())
         elif rank() == 0 and late > 0:
             self._accuse(*self._lagging())
@@ -150,7 +152,9 @@ class Roll:
     def _accuse(self, ranks: list[int], line: str, code: int = LaunchError.exit_code) -> NoReturn:
         # What most fail of is not a matter of nodes.
         named = ranks if 2 * len(ranks) <= world_size() else []
-        nodes = {name for r in named if (name := self._node(r))} | set(self._absent())
+        nodes = {self._node(r) for r in named}
+        if "" in nodes:  # nothing has come from there
+            nodes = nodes - {""} | set(self._absent())
         self.blame(sorted(nodes), line)
         self._end(line, code)
 
@@ -166,11 +170,9 @@ class Roll:
 
     def _failure(self) -> tuple[list[int], str, int]:
         """Who is to blame for a failure, the line, and the exit code."""
-        failed = {
-            r: json.loads(self._watching.get(f"failed/{r}"))
-            for r in range(world_size())
-            if self._watching.check([f"failed/{r}"])
-        }
+        until = monotonic() + GRACE
+        while len(failed := self._failed()) < world_size() and monotonic() < until:
+            sleep(POLL)
         own = {r: found for r, found in failed.items() if found["alone"]}
         if own:
             first = min(own)
@@ -187,6 +189,14 @@ class Roll:
             return silent, line, LaunchError.exit_code
         line = f"'{found['stage']}' failed between the processes: {found['reason']}"
         return [], line, LaunchError.exit_code
+
+    def _failed(self) -> dict[int, dict[str, Any]]:
+        """What the processes said that have given up."""
+        return {
+            r: json.loads(self._watching.get(f"failed/{r}"))
+            for r in range(world_size())
+            if self._watching.check([f"failed/{r}"])
+        }
 
     def _lagging(self) -> tuple[list[int], str]:
         """Those who are behind the others, and the line."""
@@ -214,9 +224,10 @@ class Roll:
             return int(self._watching.get(f"at/{number}"))
         return 0 if self._watching.check([f"here/{number}"]) else -1
 
-    def _here(self) -> dict[int, dict[str, object]]:
+    def _here(self) -> dict[int, str]:
+        """Nodes of the processes that have been seen."""
         return {
-            r: json.loads(self._watching.get(f"here/{r}"))
+            r: self._watching.get(f"here/{r}").decode()
             for r in range(world_size())
             if self._watching.check([f"here/{r}"])
         }
@@ -225,10 +236,9 @@ class Roll:
         """Where a process is: it says so, or one that began on the same node; else ''."""
         here = self._here()
         if number in here:
-            return str(here[number]["node"])
+            return here[number]
         size = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        of_node = (found["node"] for r, found in here.items() if r // size == number // size)
-        return str(next(of_node, ""))
+        return next((name for r, name in here.items() if r // size == number // size), "")
 
     def _who(self, number: int) -> str:
         name = ""
@@ -237,19 +247,19 @@ class Roll:
         return f"rank {number}" + (f" on node {name}" if name else "")
 
     def _absent(self) -> list[str]:
-        """Nodes of a SLURM job from which nobody has come."""
-        seen = {str(found["node"]) for found in self._here().values()}
-        return [name for name in job_nodes() if name not in seen]
+        """Nodes of a SLURM step from which nobody has come."""
+        seen = {*self._here().values()}
+        return [name for name in step_nodes() if name not in seen]
 
 
 def _and(ranks: list[int]) -> str:
     return f"(and {len(ranks) - 1} more) " if len(ranks) > 1 else ""
 
 
-def job_nodes() -> list[str]:
-    """Names of the nodes of the SLURM job around this process; none outside of one."""
-    nodes = os.environ.get("SLURM_JOB_NODELIST")
-    if not nodes or "SLURM_STEP_ID" not in os.environ:
+def step_nodes() -> list[str]:
+    """Names of the nodes of the SLURM step around this process; none outside of one."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if not nodes:
         return []
     command = ["scontrol", "show", "hostnames", nodes]
     try:
@@ -296,11 +306,11 @@ def _stores(wait: float) -> Iterable[Store]:
 
 
 @contextmanager
-def roll_call(wait: float) -> Iterator[Roll]:
+def roll_call(wait: float, blame: Blame) -> Iterator[Roll]:
     """All processes of the launch, once they are there; none of their stages takes longer than
     `wait` seconds."""
     store, watching = _stores(wait)
-    roll = Roll(store, watching, wait)
+    roll = Roll(store, watching, wait, blame)
     roll.begin()
     try:
         yield roll
