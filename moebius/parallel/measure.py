@@ -114,6 +114,20 @@ def all_reduce_latency(group: Group, device: torch.device) -> float:
     return _fastest(lambda: group.all_reduce(x), PINGS, device)
 
 
+def exchange_rate(to: int, source: int, device: torch.device, num_bytes: int) -> float:
+    """Bytes per second in the fastest of some messages to a process while one comes from another;
+    all processes of a ring call it."""
+    sent = torch.ones(num_bytes // 4, device=device)
+    received = torch.empty_like(sent)
+
+    def exchange() -> None:
+        messages = [dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, received, source)]
+        for work in dist.batch_isend_irecv(messages):
+            work.wait()
+
+    return sent.numel() * sent.element_size() / _fastest(exchange, COLLECTIVES, device)
+
+
 def message_latency(partner: int, device: torch.device, first: bool) -> float:
     """Seconds that a small message takes to another process: half of the fastest round trip.
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from moebius.parallel.planner.device import DeviceProfile, device_profile
-from moebius.trainer.cli import main
 from tests.faults.restarts import attempt
 
 pytestmark = pytest.mark.usefixtures("warm")
@@ -25,17 +24,15 @@ def checked(path: Path) -> DeviceProfile:
     return profile
 
 
-def test_one_process_measures_all_but_links(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_process_measures_all_but_links(tmp_path: Path) -> None:
     path = tmp_path / "profiles" / "mine.json"
-    assert main(["calibrate", "--out", str(path), *SHORT]) == 0
+    done = attempt(["calibrate", "--out", str(path), *SHORT], 1, 0, tmp_path / "log")
+    assert done.succeeded, done.output
     profile = checked(path)
     assert (profile.name, profile.devices_per_node) == ("mine", 1)
     assert "link node assumed; link network assumed" in profile.source
-    output = capsys.readouterr().out
-    assert "link within a node: not measured, assumed" in output
-    assert f"moebius plan CONFIG --device {path}" in output
+    assert "link within a node: not measured, assumed" in done.output
+    assert f"moebius plan CONFIG --device {path}" in done.output
 
 
 def test_two_processes_measure_the_link_between_them(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 from moebius.data.corpus import Corpora
 from moebius.trainer.checkpoint.plan import listing, plan, total_bytes
-from moebius.trainer.cli import main
 from moebius.trainer.config import RunConfig
 from moebius.trainer.preflight import judge
 from moebius.trainer.preflight.facts import Axis, Device, Facts, Place, driver_version
@@ -126,6 +125,8 @@ def test_sound_processes_pass(run_tree: dict[str, Any], tmp_path: Path) -> None:
         (axis,) = process["axes"]
         assert (axis["name"], axis["ranks"]) == ("tp", [0, 1])
         assert min(axis["all_reduce"], axis["all_to_all"], axis["latency"]) > 0
+        assert process["near"] is None
+        assert process["far"] > 0, "each is on a node of its own"
         run_dir, saved = process["places"]
         assert run_dir["problem"] == saved["problem"] == ""
         assert saved["written"] > 0
@@ -137,10 +138,10 @@ def test_sound_processes_pass(run_tree: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_one_process_is_enough(run_tree: dict[str, Any], tmp_path: Path) -> None:
-    path = write_config(run_tree, tmp_path / "run.yaml")
-    assert main(["preflight", str(path)]) == 0
-    report = json.loads((Path(run_tree["run_dir"]) / "preflight.json").read_text())
-    assert report["world_size"] == 1
+    done = launch(run_tree, tmp_path, ranks=(0,), size=1)
+    assert done.exit_codes == [0], done.output
+    assert done.report["world_size"] == 1
+    assert "link" not in done.output.replace("links     one process", "")
 
 
 def test_a_slow_process_is_named(run_tree: dict[str, Any], tmp_path: Path) -> None:
@@ -351,6 +352,14 @@ def test_outliers_are_far_below_the_median(rates: list[float], slow: list[int]) 
     found = [*judge.judge_products(everyone, LIMITS)]
     assert [finding.rank for finding in found] == slow
     assert all(finding.kind == "error" for finding in found)
+
+
+def test_a_process_that_sends_less_than_the_median_is_named() -> None:
+    rates = [9e9, 8e9, 3e9, 9e9, None]
+    everyone = [facts(r, f"n{r}", far=rate, near=50e9) for r, rate in enumerate(rates)]
+    (finding,) = judge.judge_messages(everyone, LIMITS)
+    assert (finding.kind, finding.node, finding.rank) == ("error", "n2", 2)
+    assert "sends 3.00 GB/s to other nodes; expected: 0.50 of the median 8.50" in finding.text
 
 
 def test_groups_are_compared_with_those_that_span_as_many_nodes() -> None:

@@ -35,7 +35,7 @@ from moebius.trainer.preflight.roll import node_name
 SIZES = {"cpu": (1024, 512, 1408), "cuda": (8192, 4096, 14336)}
 """tokens, width and inner width of a model, by kind of device"""
 SQUARE = {"cpu": 1024, "cuda": 8192}
-COPIED = {"cpu": 256 << 20, "cuda": 2 << 30}
+COPIED = {"cpu": 128 << 20, "cuda": 2 << 30}
 """bytes, far more than caches hold"""
 ASSUMED = {"cpu": Link(bandwidth=1e9, latency=1e-4), "cuda": Link(bandwidth=5e10, latency=2e-5)}
 """links that could not be measured"""

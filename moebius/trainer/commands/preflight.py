@@ -79,7 +79,7 @@ def _show(report: Report, folder: Path, console: Console) -> int:
     say(f"preflight {verdict}: {count} processes in {report.seconds:.1f} s{where}")
     if not report.errors:
         return 0
-    more = f" (and {len(report.errors) - 1} more errors)" if len(report.errors) > 1 else ""
+    more = f" (errors in all: {len(report.errors)})" if len(report.errors) > 1 else ""
     # Not by the command line: a launcher ends all processes as soon as one of them has ended.
     line = LaunchError(f"preflight: {report.errors[0].line}{more}")
     print(f"error: {line}", file=sys.stderr, flush=True)

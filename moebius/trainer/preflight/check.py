@@ -19,7 +19,12 @@ from moebius.trainer.machine import AUTOCAST, select_device
 from moebius.trainer.preflight import judge
 from moebius.trainer.preflight.facts import Facts, facts_of
 from moebius.trainer.preflight.limits import Finding, Limits
-from moebius.trainer.preflight.measures import measure_clocks, measure_links, measure_products
+from moebius.trainer.preflight.measures import (
+    measure_clocks,
+    measure_links,
+    measure_messages,
+    measure_products,
+)
 from moebius.trainer.preflight.places import checkpoint_bytes, look_at, saved_steps, wanted
 from moebius.trainer.preflight.report import Report
 from moebius.trainer.preflight.roll import Roll, process_group
@@ -72,14 +77,15 @@ def _found(
     # Nodes that differ in what they run may do different things from here on.
     if differ or any(_errors(first)):
         return first, everyones
+    nodes = [[each.rank for each in members] for members in judge.of_nodes(first).values()]
     with roll.stage("products", alone=True):
         measure_products(facts, device, AUTOCAST[config.train.precision] or torch.float32)
     with roll.stage("links"):
         mesh = Mesh(config.parallel, device.type)
         measure_links(facts, mesh, device)
+        measure_messages(facts, nodes, device)
     with roll.stage("clocks"):
-        firsts = [members[0].rank for members in judge.of_nodes(first).values()]
-        clocks = from_first(measure_clocks(firsts))
+        clocks = from_first(measure_clocks([members[0] for members in nodes]))
         facts.clock = clocks.get(facts.rank)
     with roll.stage("files"):
         # The same places on all: a failure in one of them must not be waited for.
@@ -107,6 +113,7 @@ def _judged(
         return
     kept = config.checkpoint.keep + config.checkpoint.keep_best
     yield from judge.judge_products(all_facts, limits)
+    yield from judge.judge_messages(all_facts, limits)
     yield from judge.judge_links(all_facts, limits)
     yield from judge.judge_clocks(all_facts, limits)
     yield from judge.judge_places(all_facts, limits, size, kept, saved_steps(config))

@@ -93,6 +93,11 @@ class Facts:
     """per second, of the fastest repetition"""
     flops_sustained: float = 0.0
     axes: list[Axis] = field(default_factory=list)
+    near: float | None = None
+    """bytes per second that it sends within its node while it receives as many; None: not measured,
+    as with one process of a node"""
+    far: float | None = None
+    """the same between nodes"""
     places: list[Place] = field(default_factory=list)
     clock: float | None = None
     """seconds by which the node's clock is ahead of the main process's; None: not asked"""

@@ -163,6 +163,19 @@ def judge_products(all_facts: Sequence[Facts], limits: Limits) -> Iterator[Findi
             )
 
 
+def judge_messages(all_facts: Sequence[Facts], limits: Limits) -> Iterator[Finding]:
+    """No process that sends far less than the median, within its node or to others."""
+    for name, where in (("near", "within its node"), ("far", "to other nodes")):
+        rates = [(each, getattr(each, name)) for each in all_facts]
+        known = [(facts, rate) for facts, rate in rates if rate is not None]
+        expected = median(rate for _, rate in known) if known else 0.0
+        for facts, rate in known:
+            if rate < limits.slow_link * expected:
+                text = f"sends {rate / 1e9:.2f} GB/s {where}; expected: {limits.slow_link:.2f} of "
+                text += f"the median {expected / 1e9:.2f} GB/s - {EXCLUDE}, or see its network"
+                yield _on("error", "links", facts, text)
+
+
 def judge_links(all_facts: Sequence[Facts], limits: Limits) -> Iterator[Finding]:
     """No group far below those of the same axis that span as many nodes."""
     nodes = {facts.rank: facts.node for facts in all_facts}

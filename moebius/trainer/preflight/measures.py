@@ -10,6 +10,7 @@ from moebius.parallel.measure import (
     all_reduce_rate,
     all_to_all_rate,
     clock_offset,
+    exchange_rate,
     product_rates,
 )
 from moebius.parallel.mesh import Mesh
@@ -67,6 +68,28 @@ def measure_links(facts: Facts, mesh: Mesh, device: torch.device) -> None:
                 all_reduce_latency(group, device),
             )
         )
+
+
+def measure_messages(facts: Facts, nodes: list[list[int]], device: torch.device) -> None:
+    """What this process sends within its node and to others, given the processes of each node; a
+    collective call."""
+    facts.near = _around(nodes, device)
+    shortest = min(len(members) for members in nodes)
+    facts.far = _around([[of[number] for of in nodes] for number in range(shortest)], device)
+
+
+def _around(rings: list[list[int]], device: torch.device) -> float | None:
+    """The best of two neighbours: who has a slow one is not slow itself."""
+    ring = next((ring for ring in rings if rank() in ring), [])
+    place, size = ring.index(rank()) if ring else 0, len(ring)
+    rates = [
+        exchange_rate(
+            ring[(place + away) % size], ring[(place - away) % size], device, MESSAGE[device.type]
+        )
+        for away in (1, 2)
+        if away < size
+    ]
+    return max(rates, default=None)
 
 
 def measure_clocks(firsts: list[int]) -> dict[int, float]:

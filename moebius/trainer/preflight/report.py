@@ -97,6 +97,10 @@ class Report:
         names = [axis.name for axis in self.facts[0].axes]
         if not names:
             yield "one process"
+        for name, where in (("near", "within a node"), ("far", "between nodes")):
+            rates = [r for each in self.facts if (r := getattr(each, name)) is not None]
+            if rates:
+                yield f"messages {where}: {min(rates) / 1e9:.2f} to {max(rates) / 1e9:.2f} GB/s"
         for name in names:
             axes = [axis for each in self.facts for axis in each.axes if axis.name == name]
             yield (
