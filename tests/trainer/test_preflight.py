@@ -144,22 +144,36 @@ def test_one_process_is_enough(run_tree: dict[str, Any], tmp_path: Path) -> None
     assert "link" not in done.output.replace("links     one process", "")
 
 
+def once_connected(act: Callable[[], object]) -> Callable[[int], None]:
+    """On rank 1: do something as soon as it is connected to the others."""
+
+    def wait() -> None:
+        while not dist.is_initialized():
+            time.sleep(0.01)
+        act()
+
+    return lambda rank: Thread(target=wait, daemon=True).start() if rank == 1 else None
+
+
 def test_a_slow_process_is_named(run_tree: dict[str, Any], tmp_path: Path) -> None:
-    """Stopped and continued all the time, it runs for a tenth of it, whatever the other one has."""
+    """Stopped and continued all the time, it runs for a twentieth of it, whatever the other has."""
+    connected = tmp_path / "connected"
 
     def hold(processes: list[BaseProcess]) -> None:
         slow = processes[1]
         assert slow.pid
+        while not connected.exists() and slow.exitcode is None:
+            time.sleep(0.01)
         while slow.exitcode is None:
             os.kill(slow.pid, signal.SIGSTOP)
-            time.sleep(0.09)
+            time.sleep(0.095)
             os.kill(slow.pid, signal.SIGCONT)
-            time.sleep(0.01)
+            time.sleep(0.005)
 
-    done = launch(run_tree, tmp_path, "--slow-device=0.6", during=hold)
+    done = launch(run_tree, tmp_path, before=once_connected(connected.touch), during=hold)
     assert done.exit_codes == [7, 7], done.output
     assert done.error.startswith("error: preflight: rank 1 on node n1: ")
-    assert "GFLOP/s; expected: 0.60 of the median " in done.error
+    assert "GFLOP/s; expected: 0.75 of the median " in done.error
     assert done.bad_nodes == ["n1"]
     assert done.report["verdict"] == "failed"
 
@@ -278,20 +292,14 @@ def test_a_missing_process_is_named(run_tree: dict[str, Any], tmp_path: Path) ->
 def test_a_stopped_process_is_named(run_tree: dict[str, Any], tmp_path: Path) -> None:
     """SIGSTOP once it is connected to the others, which wait for it in a collective."""
 
-    def stop_when_connected(rank: int) -> None:
-        def stop() -> None:
-            while not dist.is_initialized():
-                time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-        if rank == 1:
-            Thread(target=stop, daemon=True).start()
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     def end_it(processes: list[BaseProcess]) -> None:
         processes[0].join(60)
         processes[1].kill()
 
-    done = launch(run_tree, tmp_path, "--wait=4", before=stop_when_connected, during=end_it)
+    done = launch(run_tree, tmp_path, "--wait=4", before=once_connected(stop), during=end_it)
     assert done.exit_codes == [7, -signal.SIGKILL], done.output
     assert done.output.count("error: ") == 1
     assert done.error.startswith("error: rank 1 on node n1 ")

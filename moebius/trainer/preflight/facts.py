@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-import moebius
 from moebius.parallel.world import rank
 from moebius.trainer.preflight.roll import local_rank, node_name
 
@@ -136,7 +135,7 @@ def versions() -> dict[str, str]:
 
 def source_hash() -> str:
     """Of the python files of the package, wherever it lies."""
-    root = Path(moebius.__file__).parent
+    root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         content = path.read_bytes()
