@@ -368,6 +368,7 @@ def test_a_process_that_sends_less_than_the_median_is_named() -> None:
     (finding,) = judge.judge_messages(everyone, LIMITS)
     assert (finding.kind, finding.node, finding.rank) == ("error", "n2", 2)
     assert "sends 3.00 GB/s to other nodes; expected: 0.50 of the median 8.50" in finding.text
+    assert not [*judge.judge_messages(everyone[:3], LIMITS)], "both neighbours are as slow"
 
 
 def test_groups_are_compared_with_those_that_span_as_many_nodes() -> None:
