@@ -306,6 +306,26 @@ def test_a_stopped_process_is_named(run_tree: dict[str, Any], tmp_path: Path) ->
     assert done.bad_nodes == ["n1"]
 
 
+@pytest.mark.slow
+def test_torchrun_starts_it(run_tree: dict[str, Any], tmp_path: Path) -> None:
+    """Its store is used, and one process prints."""
+    path = write_config(run_tree, tmp_path / "run.yaml")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    program = ["--nproc-per-node=2", "-m", "moebius.trainer", "preflight", str(path), *SAME_SPEED]
+    done = subprocess.run(
+        [*launcher, *program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("preflight passed: 2 processes in ") == 1
+    report = json.loads((Path(run_tree["run_dir"]) / "preflight.json").read_text())
+    assert len(report["nodes"]) == 1
+    assert all(process["near"] > 0 for process in report["processes"])
+
+
 def test_the_size_of_a_checkpoint_is_known(run_config: RunConfig, corpora: Corpora) -> None:
     index = plan([listing(Run(run_config, corpora, []).layout.parts())])
     assert checkpoint_bytes(run_config) == total_bytes(index)

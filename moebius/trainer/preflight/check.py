@@ -9,6 +9,7 @@ from time import perf_counter
 
 import torch
 
+from moebius.errors import LaunchError
 from moebius.parallel.mesh import Mesh
 from moebius.parallel.together import from_first, gathered
 from moebius.parallel.world import is_main, world_size
@@ -54,6 +55,11 @@ def _prepare(load: Callable[[], RunConfig], roll: Roll) -> tuple[RunConfig, torc
         check_processes(config, world_size())
     with roll.stage("device", alone=True):
         device = select_device(config.train.device)
+        expected = judge.most_common(roll.everyones("device", device.type))
+        if device.type != expected:  # no collective joins them
+            raise LaunchError(
+                f"device kind {device.type}; expected: {expected}, as most have", judge.EXCLUDE
+            )
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:

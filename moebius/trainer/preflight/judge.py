@@ -56,21 +56,19 @@ def judge_versions(all_facts: Sequence[Facts]) -> Iterator[Finding]:
 
 
 def judge_settings(
-    all_facts: Sequence[Facts], settings: Sequence[dict[str, object]] = ()
+    all_facts: Sequence[Facts], settings: Sequence[dict[str, object]]
 ) -> Iterator[Finding]:
-    """The same settings everywhere; where they differ, `settings` has everyone's."""
+    """The same settings everywhere; where they differ, `settings` has everyone's, by rank."""
     expected = most_common([facts.settings for facts in all_facts])
     reference = next(facts.rank for facts in all_facts if facts.settings == expected)
     others = [facts for facts in all_facts if facts.settings != expected]
     for members in of_nodes(others).values():
         first = members[0].rank
-        text = "its run file says something else"
-        if settings:
-            own, common = settings[first], settings[reference]
-            names = sorted(own.keys() | common.keys())
-            name = next(n for n in names if own.get(n) != common.get(n))
-            text = f"{name} {own.get(name)}; expected: {common.get(name)}, as most have"
-        text += " - give all nodes the same run file"
+        own, common = settings[first], settings[reference]
+        names = sorted(own.keys() | common.keys())
+        name = next(n for n in names if own.get(n) != common.get(n))
+        text = f"{name} {own.get(name)}; expected: {common.get(name)}, as most have - "
+        text += "give all nodes the same run file"
         yield _on("error", "settings", members[0], text)
 
 

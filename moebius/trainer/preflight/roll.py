@@ -34,7 +34,6 @@ MARGIN = 5.0
 """seconds for collectives, which give up after `wait`, to say so: that tells more"""
 LATE = 10.0
 """seconds after which others end that the main process should have ended"""
-
 LONG = timedelta(days=1)
 """a wait that a thread ends"""
 Blame = Callable[[list[str], str], None]
@@ -76,6 +75,13 @@ class Roll:
         self._stages.append(stage)
         self._deadline = monotonic() + self.wait + MARGIN
 
+    def everyones(self, name: str, value: str) -> list[str]:
+        """What each process says, by rank, before there are collectives; each name is used once."""
+        self.store.set(f"{name}/{rank()}", value)
+        keys = [f"{name}/{r}" for r in range(world_size())]
+        self.store.wait(keys, LONG)
+        return [self.store.get(key).decode() for key in keys]
+
     @contextmanager
     def stage(self, name: str, alone: bool = False) -> Iterator[None]:
         """Something that may fail on this process; `alone`: without waiting for another.
@@ -93,11 +99,9 @@ class Roll:
         """Give up, see `stage`."""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if world_size() == 1:
-            raise (
-                error
-                if isinstance(error, MoebiusError)
-                else LaunchError(f"{node_name()}: {self._stages[-1]}: {reason}")
-            )
+            if isinstance(error, MoebiusError):
+                raise error
+            raise LaunchError(f"{node_name()}: {self._stages[-1]}: {reason}") from None
         code = error.exit_code if isinstance(error, MoebiusError) else LaunchError.exit_code
         said = {"stage": self._stages[-1], "reason": reason, "alone": alone, "code": code}
         self.store.set(f"failed/{rank()}", json.dumps(said))
@@ -182,6 +186,9 @@ class Roll:
             line = f"{self._who(first)} {_and([*own])}in '{own[first]['stage']}': {reason}"
             return [*own], line, LaunchError.exit_code
         silent = [r for r in range(world_size()) if r not in failed]
+        # Of those who are only slower to give up than others, nothing is known.
+        stage = max(self._at(r) for r in failed)
+        silent = [r for r in silent if self._at(r) < stage] or silent
         found = failed[min(failed)]
         if silent:
             line = f"{self._who(silent[0])} {_and(silent)}does not answer in '{found['stage']}'"
