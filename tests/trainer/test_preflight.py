@@ -389,6 +389,9 @@ def test_a_process_that_sends_less_than_the_median_is_named() -> None:
     assert (finding.kind, finding.node, finding.rank) == ("error", "n2", 2)
     assert "sends 3.00 GB/s to other nodes; expected: 0.50 of the median 8.50" in finding.text
     assert not [*judge.judge_messages(everyone[:3], LIMITS)], "both neighbours are as slow"
+    within = [facts(r, "n", near=rate) for r, rate in enumerate([9e9, 9e9, 4e9, 9e9])]
+    assert [finding.rank for finding in judge.judge_messages(within, LIMITS)] == [2]
+    assert not [*judge.judge_messages(within[1:], LIMITS)]
 
 
 def test_groups_are_compared_with_those_that_span_as_many_nodes() -> None:

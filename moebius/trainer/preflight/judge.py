@@ -15,8 +15,8 @@ FULL = 0.9
 """share of a GPU's memory that nobody else should use"""
 SMALL_SHARED_MEMORY = 64 << 20
 """bytes in /dev/shm: NCCL and loaders take some for each process"""
-FEWEST_NODES = 4
-"""of which one can be told to be slower than its neighbours"""
+SMALLEST_RING = 4
+"""in which one can be told to be slower than its neighbours"""
 ONLY_WARNED = frozenset({"driver"})
 """versions that may differ"""
 
@@ -165,12 +165,14 @@ def judge_products(all_facts: Sequence[Facts], limits: Limits) -> Iterator[Findi
 
 def judge_messages(all_facts: Sequence[Facts], limits: Limits) -> Iterator[Finding]:
     """No process that sends far less than the median, within its node or to others."""
+    nodes = of_nodes(all_facts)
     for name, where in (("near", "within its node"), ("far", "to other nodes")):
-        # Of fewer, everyone is a neighbour of the slow one, and as slow.
-        if name == "far" and len(of_nodes(all_facts)) < FEWEST_NODES:
-            continue
-        rates = [(each, getattr(each, name)) for each in all_facts]
-        known = [(facts, rate) for facts, rate in rates if rate is not None]
+        known: list[tuple[Facts, float]] = []
+        for each in all_facts:
+            rate, size = getattr(each, name), len(nodes[each.node] if name == "near" else nodes)
+            # In a smaller ring everyone is a neighbour of the slow one, and as slow.
+            if rate is not None and size >= SMALLEST_RING:
+                known.append((each, rate))
         expected = median(rate for _, rate in known) if known else 0.0
         for facts, rate in known:
             if rate < limits.slow_link * expected:
