@@ -13,6 +13,7 @@ from moebius.errors import ConfigError, LayoutError, MoebiusError
 from moebius.parallel.world import check_alone, is_first_here, is_main
 from moebius.trainer.commands import (
     audit,
+    calibrate,
     checkpoints,
     convert,
     describe,
@@ -20,6 +21,7 @@ from moebius.trainer.commands import (
     generate,
     inspect,
     plan,
+    preflight,
     prepare,
     schema,
     sweep,
@@ -41,6 +43,8 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "train": train,
+    "preflight": preflight,
+    "calibrate": calibrate,
     "prepare": prepare,
     "inspect": inspect,
     "audit": audit,
@@ -53,6 +57,8 @@ COMMANDS: dict[str, Command] = {
     "generate": generate,
     "schema": schema,
 }
+TOGETHER = frozenset({"train", "preflight", "calibrate"})
+"""commands that a launcher may start on several processes"""
 INTERRUPTED = 130
 
 
@@ -78,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode still shows the rest
     try:
-        if arguments.command != "train":
+        if arguments.command not in TOGETHER:
             check_alone(arguments.command)
         return COMMANDS[arguments.command].run(arguments, Console())
     except MoebiusError as error:

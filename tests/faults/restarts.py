@@ -54,7 +54,7 @@ def attempt(
     }
     began = time.monotonic()
     processes = [
-        FORK.Process(target=_enter, args=(list(words), world, rank, log))
+        FORK.Process(target=enter, args=(list(words), world, rank, log))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -96,7 +96,8 @@ def _end(pids: Sequence[int]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _enter(words: list[str], world: dict[str, str], rank: int, log: Path) -> None:
+def enter(words: list[str], world: dict[str, str], rank: int, log: Path) -> None:
+    """Be one of the processes: run `moebius`, write what it says to a file, and end."""
     torch.set_num_threads(1)
     os.environ |= world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

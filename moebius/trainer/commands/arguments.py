@@ -55,6 +55,17 @@ def positive(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number between 0 and 1, for argparse."""
+    try:
+        value = positive(text)
+    except argparse.ArgumentTypeError:
+        value = 1.0
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number > 0 and < 1")
+    return value
+
+
 def utf8(text: str) -> str:
     """Text that can be encoded, for argparse; undecodable bytes of the shell cannot."""
     try:
