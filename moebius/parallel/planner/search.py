@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -20,6 +21,8 @@ from moebius.parallel.schedule import plan as plan_pipeline
 LONG_ROW = 8192
 """tokens of a row from which it is worth cutting"""
 WANTED, MOST_SIMULATED = 3, 6
+CLOSE = 1.03
+"""times that differ by less are alike; then the simpler layout comes first"""
 MOST_STAGES = 16
 
 
@@ -40,7 +43,7 @@ class Found:
     ranked: list[Candidate] = field(default_factory=list)
     """simulated and fitting, fastest first"""
     others: list[Candidate] = field(default_factory=list)
-    """legal, but slower or too large, the fastest first"""
+    """with other axes; slower or too large"""
     refused: dict[str, int] = field(default_factory=dict)
     """reasons, and how many layouts each has refused"""
 
@@ -62,25 +65,39 @@ def search(job: Job, device: DeviceProfile) -> Found:
         raise LayoutError(f"--gpus: {job.world_size}; no layout of so many is legal: {reason}")
     pricing = Pricing(job, device)
     priced = [Candidate(one, pricing.price(one)) for one in legal]
-    room = ROOM * device.memory
-    # Those that fit, the fastest first; then those that do not, the smallest first.
-    priced.sort(
-        key=lambda c: (
-            c.price.memory > room,
-            c.price.seconds if c.price.memory <= room else 0.0,
-            c.price.memory,
-        )
-    )
+    priced.sort(key=lambda candidate: _rank(candidate, ROOM * device.memory))
+    distinct = _with_other_axes(priced)
     simulated: list[Candidate] = []
-    for candidate in priced[:MOST_SIMULATED]:
+    for candidate in distinct[:MOST_SIMULATED]:
         simulated.append(replace(candidate, plan=make_plan(candidate.job, device)))
         if sum(one.plan is not None and one.plan.fits for one in simulated) == WANTED:
             break
     plans = [(c, c.plan) for c in simulated if c.plan is not None]
     fitting = sorted((p.step_seconds, n) for n, (_, p) in enumerate(plans) if p.fits)
     found.ranked = [simulated[number] for _, number in fitting]
-    found.others = [c for c in simulated if c not in found.ranked] + priced[len(simulated) :]
+    found.others = [c for c in simulated if c not in found.ranked] + distinct[len(simulated) :]
     return found
+
+
+def _rank(candidate: Candidate, room: float) -> tuple[float, ...]:
+    """Those that fit, the fastest first, of two that are alike the simpler one; then the others,
+    the smallest first."""
+    price, job, config = candidate.price, candidate.job, candidate.job.parallel
+    if price.memory > room:
+        return (1.0, price.memory)
+    time = round(math.log(price.seconds) / math.log(CLOSE))
+    axes = config.model_size * config.ep
+    return (0.0, time, RECOMPUTES.index(job.recompute), -job.micro_batch_size, axes)
+
+
+def _with_other_axes(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Of those with the same axes and scheme the first one."""
+    seen: dict[tuple[object, ...], Candidate] = {}
+    for candidate in candidates:
+        config = candidate.job.parallel
+        axes = (config.tp, config.cp, config.pp, config.rp, config.ep, config.data)
+        seen.setdefault(axes, candidate)
+    return list(seen.values())
 
 
 def _layouts(job: Job, device: DeviceProfile) -> Iterator[Job]:

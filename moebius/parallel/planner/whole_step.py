@@ -34,8 +34,12 @@ class Shape:
         if ring > 1:
             passes = job.model.depth.num_recursions if job.parallel.ring.merge else 1
             return cls(dp, count, ring * passes, 3 * ring * passes)
-        stages = pipeline * job.parallel.pipeline.stages_per_rank
-        return cls(dp, count, pipeline, 2 * stages if pipeline > 1 else 2)
+        schedule = job.parallel.pipeline.schedule
+        if pipeline > 1 and schedule == "gpipe":  # all are alive at once
+            return cls(dp, count, 1, count)
+        if pipeline > 1 and schedule == "interleaved_1f1b":
+            return cls(dp, count, pipeline, 2 * pipeline * job.parallel.pipeline.stages_per_rank)
+        return cls(dp, count, 1, pipeline)
 
 
 def use_of_whole_step(job: Job, rank: int = 0) -> list[Usage]:

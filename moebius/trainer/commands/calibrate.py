@@ -139,7 +139,9 @@ def _link(device: torch.device, name: str, lists: list[list[int]]) -> Link | Non
     own = next(ranks for ranks in lists if rank() in ranks)
     rate, latency = float("inf"), 0.0
     if len(own) > 1:
-        rate = all_to_all_rate(Group(name, own, group, Traffic()), device, MESSAGE[device.type])
+        rate = all_to_all_rate(
+            Group(name, own, group, Traffic(), rank()), device, MESSAGE[device.type]
+        )
         place = own.index(rank())
         if place < 2:
             latency = message_latency(own[1 - place], device, first=place == 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.console import Console
@@ -14,7 +13,7 @@ from rich.table import Table
 from moebius.errors import ConfigError, LayoutError
 from moebius.parallel.planner.device import GIGA, DeviceProfile, device_profile
 from moebius.parallel.planner.estimate import ROOM, Plan, make_plan
-from moebius.parallel.planner.search import Candidate, search, why_it_loses
+from moebius.parallel.planner.search import search, why_it_loses
 from moebius.parallel.planner.simulate import Job
 from moebius.trainer.commands.train import check_processes
 from moebius.trainer.config import RunConfig
@@ -191,7 +190,7 @@ def _search(config: RunConfig, device: DeviceProfile, gpus: int, console: Consol
         console.print(table)
     _say(console, "why others lose (prices of those that were not simulated are rough):")
     best = found.ranked[0] if found.ranked else found.others[0]
-    for candidate in _different(found.others)[:SHOWN_LOSERS]:
+    for candidate in found.others[:SHOWN_LOSERS]:
         reason = why_it_loses(candidate, best, device)
         _say(console, f"  {options_of(candidate.job)}: {reason}")
     for reason, count in sorted(found.refused.items(), key=lambda item: -item[1])[:SHOWN_LOSERS]:
@@ -211,16 +210,6 @@ def options_of(job: Job) -> str:
     words.append(f"parallel.data={config.data}")
     words.append(f"train.micro_batch_size={job.micro_batch_size}")
     return " ".join([*words, f"train.recompute={job.recompute}"])
-
-
-def _different(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Of those with the same axes and scheme the best one."""
-    seen: dict[tuple[object, ...], Candidate] = {}
-    for candidate in candidates:
-        config = candidate.job.parallel
-        axes = (config.tp, config.cp, config.pp, config.rp, config.ep, config.data)
-        seen.setdefault(axes, candidate)
-    return list(seen.values())
 
 
 def _table(title: str, unit: str) -> Table:
