@@ -8,7 +8,7 @@ from moebius.model.cost import BACKWARD_PER_FORWARD
 from moebius.model.decoder import Decoder
 from moebius.parallel.planner.simulate import Job
 from moebius.parallel.planner.whole_step import Shape
-from moebius.parallel.ring.executor import joined, plan_ring
+from moebius.parallel.ring.executor import plan_ring
 from moebius.parallel.ring.slices import cut_ring
 from moebius.parallel.schedule import plan, simulate
 from moebius.parallel.stage import cut_stages, unit_costs
@@ -48,7 +48,7 @@ def _idle_share(job: Job, decoder: Decoder, number: int) -> float:
     config = job.parallel
     if config.rp > 1:
         ring = cut_ring(decoder, config.rp, job.row_length, config.ring.costs)
-        waits = plan_ring(ring, config.ring, joined(ring, config.ring, number)).bubble
+        waits = plan_ring(ring, config.ring, number).bubble
         return waits / (1 + waits)
     pipeline = config.pipeline
     count = config.pp * pipeline.stages_per_rank

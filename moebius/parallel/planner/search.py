@@ -10,6 +10,7 @@ from typing import Any
 
 from moebius.errors import LayoutError
 from moebius.model.context import Recompute
+from moebius.parallel.config import ParallelConfig
 from moebius.parallel.planner.device import DeviceProfile
 from moebius.parallel.planner.estimate import ROOM, Plan, make_plan
 from moebius.parallel.planner.rough import RECOMPUTES, Price, Pricing
@@ -53,9 +54,9 @@ def search(job: Job, device: DeviceProfile) -> Found:
 
     Raises LayoutError where none is legal.
     """
-    found, legal = Found(), []
+    found, rules, legal = Found(), _Rules(), []
     for wanted in _layouts(job, device):
-        reason = _refusal(wanted)
+        reason = rules.refusal(wanted)
         if reason is None:
             legal.append(wanted)
         else:
@@ -125,25 +126,34 @@ def _powers(limit: int) -> list[int]:
     return [1 << n for n in range(limit.bit_length()) if 1 << n <= limit]
 
 
-def _refusal(job: Job) -> str | None:
-    """Why a layout is none."""
-    config = job.parallel
-    problems = layout_problems(Asked(job.model, config, job.row_length))
-    for path, message in problems:
-        return f"{path}: {message}"
-    shape = Shape.of(job)
-    if shape.dp > job.rows:
-        return f"train.batch_size: {job.rows} rows for {shape.dp} data-parallel processes"
-    if config.pp > 1:
-        try:
-            plan_pipeline(
-                config.pipeline.schedule,
-                config.pp,
-                config.pipeline.stages_per_rank,
-                shape.micro_batches,
-            )
-        except ValueError as error:
-            return f"parallel.pipeline: {error}"
+class _Rules:
+    """What speaks against layouts; every question is asked once."""
+
+    def __init__(self) -> None:
+        self.known: dict[object, str | None] = {}
+
+    def refusal(self, job: Job) -> str | None:
+        """Why a layout is none."""
+        config, shape = job.parallel, Shape.of(job)
+        if config not in self.known:
+            problems = layout_problems(Asked(job.model, config, job.row_length))
+            self.known[config] = next((f"{path}: {message}" for path, message in problems), None)
+        if self.known[config] is not None:
+            return self.known[config]
+        if shape.dp > job.rows:
+            return f"train.batch_size: {job.rows} rows for {shape.dp} data-parallel processes"
+        order = (config.pp, shape.micro_batches)
+        if config.pp > 1 and order not in self.known:
+            self.known[order] = _pipeline_refusal(config, shape.micro_batches)
+        return self.known.get(order)
+
+
+def _pipeline_refusal(config: ParallelConfig, micro_batches: int) -> str | None:
+    pipeline = config.pipeline
+    try:
+        plan_pipeline(pipeline.schedule, config.pp, pipeline.stages_per_rank, micro_batches)
+    except ValueError as error:
+        return f"parallel.pipeline: {error}"
     return None
 
 

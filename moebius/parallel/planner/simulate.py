@@ -27,6 +27,7 @@ from moebius.parallel.comm import Traffic
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.engine import MakeOptimizer
 from moebius.parallel.layout import Layout
+from moebius.parallel.ledger import merge_results
 from moebius.parallel.mesh import Axes, Mesh, partition
 from moebius.parallel.planner.live import (
     LiveBytes,
@@ -63,13 +64,33 @@ class Usage:
     """What a step took of one process."""
 
     rank: int
+    micro_batches: int
     passes: Memory
     """when forward and backward passes held most"""
     update: Memory
     """when the reduction of gradients and the optimizer held most"""
     gradients: int
     """bytes of all gradients at the end of the backward pass"""
-    traffic: Traffic
+    of_passes: Traffic
+    """sent in forward and backward passes, by each micro-batch alike"""
+    of_update: Traffic
+    """sent once in a step"""
+
+    @property
+    def traffic(self) -> Traffic:
+        """Sent in the step."""
+        return self.traffic_of(self.micro_batches)
+
+    def traffic_of(self, micro_batches: int) -> Traffic:
+        """Sent in a step of so many micro-batches, a multiple of the period of the layout."""
+        total = Traffic()
+        for key, calls in self.of_passes.calls.items():
+            total.calls[key] = calls * micro_batches // self.micro_batches
+            total.sent[key] = self.of_passes.sent[key] * micro_batches // self.micro_batches
+        for key, calls in self.of_update.calls.items():
+            total.calls[key] = total.calls.get(key, 0) + calls
+            total.sent[key] = total.sent.get(key, 0) + self.of_update.sent[key]
+        return total
 
     @property
     def memory(self) -> Memory:
@@ -120,14 +141,26 @@ def use_of_step(job: Job, layout: Layout, live: LiveBytes) -> Usage:
         recompute=job.recompute,
         kernels=job.kernels,
     )
-    layout.accumulate_gradients(batches, job.rows * job.row_length, step)
+    num_labels = job.rows * job.row_length
+    result = layout.executor.accumulate_gradients(batches, step, None, num_labels)
     gradients, passes = peak.gradient_bytes(), peak.memory
+    of_passes = _taken(job, layout, live)
+    merge_results(result, layout.mesh)
     peak.begin()
     engine.step(1.0)
+    of_update = _taken(job, layout, live)
+    return Usage(
+        layout.mesh.rank, len(batches), passes, peak.memory, gradients, of_passes, of_update
+    )
+
+
+def _taken(job: Job, layout: Layout, live: LiveBytes) -> Traffic:
+    """What has been sent since the last time."""
     traffic = layout.mesh.traffic.take()
     if job.parallel.data == "fsdp2":
         _add_those_of_torch(traffic, live.collectives)
-    return Usage(layout.mesh.rank, passes, peak.memory, gradients, traffic)
+    live.collectives.clear()
+    return traffic
 
 
 def _add_those_of_torch(traffic: Traffic, collectives: Mapping[str, int]) -> None:
