@@ -1,6 +1,7 @@
-"""Plans of the published presets on 8 to 1,024 devices: what fits, how fast, how long planning took.
+"""Plans of the published presets on 8 to 1,024 devices: what fits, how fast, how long it took.
 
-Expert parallelism within a node for the large mixtures; the micro-batch is halved until a plan fits.
+Experts of the large mixtures are spread over a node; the micro-batch is halved until a plan fits.
+Writes benchmarks/results/planning-<machine>.json.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import parser, write_result
+
 from moebius.parallel.planner.device import device_profile
 from moebius.parallel.planner.estimate import Plan, make_plan
 from moebius.trainer.commands.plan import options_of
