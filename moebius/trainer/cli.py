@@ -21,6 +21,7 @@ from moebius.trainer.commands import (
     inspect,
     prepare,
     schema,
+    submit,
     sweep,
     train,
 )
@@ -40,6 +41,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "train": train,
+    "submit": submit,
     "prepare": prepare,
     "inspect": inspect,
     "audit": audit,

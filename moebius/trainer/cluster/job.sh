@@ -1,0 +1,136 @@
+# ----------------------------------------------------------------------------------------------
+# What follows is the same for every job. Its parts: small helpers, the signals, how a step is
+# started on all nodes, the preflight, the training, and what to do when that has ended.
+
+set -u -o pipefail
+restart=${SLURM_RESTART_COUNT:-0}   # SLURM leaves it unset in the first stretch
+launch=$SLURM_JOB_ID.$restart
+stop_file=$submission/stop-$launch
+failures=$submission/failures-$SLURM_JOB_ID
+
+say() { echo "[$(date +%T) job $launch] $*"; }
+
+# What the training has written about itself in this stretch, as "stopped true": its state, and
+# whether starting again would help. Nothing where it did not come that far.
+standing() {
+    sed -n "/\"launch\": \"$launch\"/ s/.*\"state\": \"\([a-z]*\)\".*\"again\": \([a-z]*\).*/\1 \2/p" \
+        "$run/standing.json" 2>/dev/null
+}
+
+requeue() {
+    say "requeued: $1"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 300   # SLURM ends this shell meanwhile
+    say "error: the job cannot be requeued; submit it again"
+    exit 1
+}
+
+requeue_after_failure() {   # so often only, for most failures come again
+    count=$(cat "$failures" 2>/dev/null | wc -l)
+    if [ "$count" -ge "$max_requeues" ]; then
+        say "error: $1; not requeued: that was done $count times (max_requeues)"
+        exit 1
+    fi
+    echo "$(date +%FT%T) stretch $restart on $SLURM_JOB_NODELIST: $1" >> "$failures"
+    requeue "$1 ($((count + 1)) of $max_requeues)"
+}
+
+# --- signals ---
+# USR1 comes some minutes before the time limit, and with preemption where the site has set it up
+# so: the run is to save and stop. TERM comes with scancel and at the very end: nothing is requeued.
+# The file is for a training that is just being started and does not listen to signals yet.
+step= asked= cancelled= signalled=
+on_usr1() {
+    asked=1 signalled=1
+    say "USR1: asking the run to save and stop"
+    touch "$stop_file"
+    [ -z "$step" ] || kill -USR1 "$step"
+}
+trap on_usr1 USR1
+trap 'cancelled=1 signalled=1; say "TERM: cancelled, or at the end of its time"' TERM
+
+# --- nodes ---
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(scontrol show node "$first" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+if [ -z "$address" ]; then
+    say "error: scontrol does not know the address of node '$first', where the processes are to meet"
+    exit 1
+fi
+port=$((20000 + SLURM_JOB_ID % 20000))
+cpus=$((${SLURM_CPUS_ON_NODE:-$processes} / processes))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > 0 ? cpus : 1))}
+# Without this torchrun gives restarted processes the addresses of those that have died.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export address port processes max_restarts launch
+export MOEBIUS_STOP_FILE=$stop_file
+
+# Run by bash on every node. A signal to a step reaches all of its processes, and torchrun would
+# die of USR1; the processes of the training install a handler of their own.
+on_node='
+trap "" USR1
+if ! getent ahosts "$address" > /dev/null; then
+    echo "error: node $SLURMD_NODENAME ($(hostname)) cannot resolve $address, where the processes are to meet"
+    exit 1
+fi
+echo "node $SLURM_NODEID is $SLURMD_NODENAME ($(hostname)), to meet at $address:$port"
+exec "$@"
+'
+
+# start NAME RESTARTS COMMAND...: torchrun on every node; leaves the exit code in $code.
+start() {
+    name=$1 restarts=$2
+    shift 2
+    srun --job-name="$name" --kill-on-bad-exit=1 "${srun_options[@]}" \
+        bash -c "$on_node" _ "${python[@]}" -m torch.distributed.run \
+        --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$processes" --max-restarts="$restarts" \
+        --rdzv-backend=c10d --rdzv-endpoint="$address:$port" --rdzv-id="$launch.$name" \
+        -m moebius.trainer "$@" &
+    step=$!
+    while :; do   # a signal to this shell ends `wait` early
+        signalled=
+        wait "$step"
+        code=$?
+        [ -n "$signalled" ] || break
+    done
+    step=
+}
+
+say "nodes $SLURM_JOB_NODELIST, $processes processes each, run folder $run"
+env | grep -E '^(SLURM|NCCL|CUDA|TORCH|OMP|MOEBIUS|UCX|FI|GLOO)_' \
+    | grep -viE '^[^=]*(token|secret|password|key|jwt|credential)' | sort > "$submission/environment-$launch"
+
+# --- preflight ---
+if [ -n "$preflight" ]; then
+    rm -f "$run/preflight-bad-nodes"
+    start preflight 0 preflight "$config"
+    if [ -n "$cancelled" ]; then exit 143; fi
+    if [ -n "$asked" ]; then requeue "asked to stop before the training began"; fi
+    if [ "$code" != 0 ]; then
+        bad=$(sort -u "$run/preflight-bad-nodes" 2>/dev/null | paste -sd, -)
+        if [ -n "$bad" ] && [ -n "$exclude_bad_nodes" ]; then
+            excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+            [ "$excluded" = "(null)" ] || bad=$bad,$excluded
+            scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad"
+            requeue_after_failure "the preflight found bad nodes, from now on excluded: $bad"
+        fi
+        say "error: the preflight failed${bad:+, bad nodes: $bad}; see $run/preflight.json"
+        exit 1
+    fi
+fi
+
+# --- training ---
+start train "$max_restarts" train "$config" --stopped-exit-code 0
+read -r state again <<< "$(standing)"
+say "the training has ended with code $code: ${state:-nothing is known of it}"
+
+# --- and then? ---
+if [ "$state" = complete ]; then exit 0; fi
+if [ -n "$cancelled" ]; then
+    say "not requeued; the same command goes on from the last checkpoint"
+    exit 143
+fi
+if [ "$again" = false ]; then
+    say "not requeued: see $run/standing.json"
+    exit $((code > 0 ? code : 75))
+fi
+if [ "$state" = stopped ]; then requeue "it was stopped and has saved"; fi
+requeue_after_failure "the training failed or lost a node (code $code)"
