@@ -21,6 +21,7 @@ from moebius.trainer.commands import (
     inspect,
     prepare,
     schema,
+    status,
     submit,
     sweep,
     train,
@@ -42,6 +43,7 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "train": train,
     "submit": submit,
+    "status": status,
     "prepare": prepare,
     "inspect": inspect,
     "audit": audit,

@@ -49,8 +49,11 @@ trap on_usr1 USR1
 trap 'cancelled=1 signalled=1; say "TERM: cancelled, or at the end of its time"' TERM
 
 # --- nodes ---
+# The processes meet at the first node; addresses are those by which SLURM itself reaches nodes.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(scontrol show node "$first" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+addresses=$(scontrol show node "$SLURM_JOB_NODELIST" --oneliner \
+    | sed -n 's/^NodeName=\([^ ]*\).* NodeAddr=\([^ ]*\).*/\1 \2/p')
+address=$(sed -n "s/^$first //p" <<< "$addresses")
 if [ -z "$address" ]; then
     say "error: scontrol does not know the address of node '$first', where the processes are to meet"
     exit 1
@@ -60,11 +63,11 @@ cpus=$((${SLURM_CPUS_ON_NODE:-$processes} / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > 0 ? cpus : 1))}
 # Without this torchrun gives restarted processes the addresses of those that have died.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-export address port processes max_restarts launch
-export MOEBIUS_STOP_FILE=$stop_file
+export addresses address port MOEBIUS_STOP_FILE=$stop_file
 
 # Run by bash on every node. A signal to a step reaches all of its processes, and torchrun would
-# die of USR1; the processes of the training install a handler of their own.
+# die of USR1; the processes of the training install a handler of their own. PET_* are options of
+# torchrun: who serves the rendezvous, and the address of this node, both of which it would guess.
 on_node='
 trap "" USR1
 if ! getent ahosts "$address" > /dev/null; then
@@ -72,10 +75,14 @@ if ! getent ahosts "$address" > /dev/null; then
     exit 1
 fi
 echo "node $SLURM_NODEID is $SLURMD_NODENAME ($(hostname)), to meet at $address:$port"
+export PET_RDZV_CONF=is_host=$((SLURM_NODEID == 0))
+export PET_LOCAL_ADDR=$(sed -n "s/^$SLURMD_NODENAME //p" <<< "$addresses")
 exec "$@"
 '
 
-# start NAME RESTARTS COMMAND...: torchrun on every node; leaves the exit code in $code.
+# start NAME RESTARTS COMMAND...: torchrun on every node; leaves the exit code in $code. The
+# rendezvous is c10d, not a static one: its agents see at once that another one has to restart,
+# where the processes of a static one would hang in a collective until its time is over.
 start() {
     name=$1 restarts=$2
     shift 2
