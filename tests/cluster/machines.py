@@ -75,6 +75,10 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         return {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
+    @property
+    def host(self) -> str:
+        return socket.gethostname().partition(".")[0]
+
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "state").mkdir()
@@ -83,7 +87,7 @@ class Cluster:
         for gpu in gpus:
             gpu.touch()
         text = CONFIG.format(
-            host=socket.gethostname().partition(".")[0],
+            host=self.host,
             user=os.environ.get("USER") or "root",
             folder=self.folder,
             port=self.ports[0],

@@ -7,6 +7,7 @@ restart=${SLURM_RESTART_COUNT:-0}   # SLURM leaves it unset in the first stretch
 launch=$SLURM_JOB_ID.$restart
 stop_file=$submission/stop-$launch
 failures=$submission/failures-$SLURM_JOB_ID
+finished=$submission/finished${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}
 
 say() { echo "[$(date +%T) job $launch] $*"; }
 
@@ -17,9 +18,17 @@ standing() {
         "$run/standing.json" 2>/dev/null
 }
 
-requeue() {
+requeue() {   # requeue WHY [NODES]: NODES are not to be used again
     say "requeued: $1"
-    scontrol requeue "$SLURM_JOB_ID" && sleep 300   # SLURM ends this shell meanwhile
+    ended=
+    trap 'ended=1' TERM   # with which SLURM now ends this shell
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        # SLURM takes these of jobs that wait only, and gives this shell some seconds more.
+        [ -z "${2:-}" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$2" \
+            || say "error: these nodes could not be excluded: $2"
+        for _ in {1..60}; do [ -n "$ended" ] || sleep 1; done
+        exit 1
+    fi
     say "error: the job cannot be requeued; submit it again"
     exit 1
 }
@@ -31,7 +40,7 @@ requeue_after_failure() {   # so often only, for most failures come again
         exit 1
     fi
     echo "$(date +%FT%T) stretch $restart on $SLURM_JOB_NODELIST: $1" >> "$failures"
-    requeue "$1 ($((count + 1)) of $max_requeues)"
+    requeue "$1 ($((count + 1)) of $max_requeues)" "${2:-}"
 }
 
 # --- signals ---
@@ -101,6 +110,10 @@ start() {
     step=
 }
 
+if [ -e "$finished" ]; then
+    say "the run is complete: an earlier job of this submission has done it"
+    exit 0
+fi
 say "nodes $SLURM_JOB_NODELIST, $processes processes each, run folder $run"
 env | grep -E '^(SLURM|NCCL|CUDA|TORCH|OMP|MOEBIUS|UCX|FI|GLOO)_' \
     | grep -viE '^[^=]*(token|secret|password|key|jwt|credential)' | sort > "$submission/environment-$launch"
@@ -116,8 +129,7 @@ if [ -n "$preflight" ]; then
         if [ -n "$bad" ] && [ -n "$exclude_bad_nodes" ]; then
             excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
             [ "$excluded" = "(null)" ] || bad=$bad,$excluded
-            scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad"
-            requeue_after_failure "the preflight found bad nodes, from now on excluded: $bad"
+            requeue_after_failure "the preflight found bad nodes, from now on excluded: $bad" "$bad"
         fi
         say "error: the preflight failed${bad:+, bad nodes: $bad}; see $run/preflight.json"
         exit 1
@@ -130,7 +142,10 @@ read -r state again <<< "$(standing)"
 say "the training has ended with code $code: ${state:-nothing is known of it}"
 
 # --- and then? ---
-if [ "$state" = complete ]; then exit 0; fi
+if [ "$state" = complete ]; then
+    touch "$finished"
+    exit 0
+fi
 if [ -n "$cancelled" ]; then
     say "not requeued; the same command goes on from the last checkpoint"
     exit 143

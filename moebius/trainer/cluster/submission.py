@@ -62,13 +62,14 @@ def note_jobs(folder: Path, jobs: list[str]) -> None:
 
 
 def jobs_of(run: Path) -> list[str]:
-    """The jobs of the newest submission of a run; of a member of an array, those of the array."""
-    for place in (run, run.parent):
-        files = [
+    """The jobs of the newest submission of a run, or its own members of those of an array."""
+    for place, member in ((run, ""), (run.parent, f"_{run.name}")):
+        found = [
             path for path in (place / FOLDER).glob(f"*/{JOBS}") if path.parent.name.isdecimal()
         ]
-        if files:
-            return max(files, key=lambda path: int(path.parent.name)).read_text().split()
+        if found:
+            newest = max(found, key=lambda path: int(path.parent.name))
+            return [f"{job}{member}" for job in newest.read_text().split()]
     return []
 
 
