@@ -127,10 +127,15 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "show", "job", "-o", job)))
 
     def release(self, job: str) -> None:
-        """SLURM holds a requeued job for two minutes; wait until it is pending, and end that."""
-        until(lambda: self.facts(job)["JobState"] == "PENDING", 60, lambda: str(self.facts(job)))
-        until(lambda: not self.call("squeue", "-h", "--steps", "-j", job), 60, "an old step stays")
-        self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        """SLURM may hold a requeued job for two minutes; wait until it is pending, and end that."""
+        until(
+            lambda: self.facts(job)["JobState"] in ("PENDING", "RUNNING"),
+            90,
+            lambda: str(self.facts(job)),
+        )
+        if self.facts(job)["JobState"] == "PENDING":
+            until(lambda: not self.call("squeue", "-h", "--steps", "-j", job), 60, "an old step")
+            self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def lose(self, node: str) -> None:
         """A machine that is gone: its daemon and all processes of its jobs, at once."""

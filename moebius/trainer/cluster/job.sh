@@ -18,14 +18,16 @@ standing() {
         "$run/standing.json" 2>/dev/null
 }
 
+# In a shell of its own that SLURM, which is ending this one, does not interrupt.
+exclude() (trap '' TERM; scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1")
+
 requeue() {   # requeue WHY [NODES]: NODES are not to be used again
     say "requeued: $1"
     ended=
     trap 'ended=1' TERM   # with which SLURM now ends this shell
     if scontrol requeue "$SLURM_JOB_ID"; then
         # SLURM takes these of jobs that wait only, and gives this shell some seconds more.
-        [ -z "${2:-}" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$2" \
-            || say "error: these nodes could not be excluded: $2"
+        [ -z "${2:-}" ] || exclude "$2" || say "error: these nodes could not be excluded: $2"
         for _ in {1..60}; do [ -n "$ended" ] || sleep 1; done
         exit 1
     fi
