@@ -33,8 +33,11 @@ class ClusterConfig(ConfigNode):
     lead: int = Field(180, ge=SHORTEST_LEAD)
     """seconds before the end of `time` at which the run is asked to save and stop"""
     partition: Word | None = None
+    """null: the default of the cluster, also for the two below"""
     account: Word | None = None
+    """who pays"""
     qos: Word | None = None
+    """quality of service"""
     job_name: Word | None = None
     """null: the name of the run folder"""
     options: Annotated[

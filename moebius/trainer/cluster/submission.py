@@ -8,7 +8,6 @@ from pathlib import Path
 
 import yaml
 
-import moebius
 from moebius.errors import LaunchError
 from moebius.trainer.config import RunConfig
 
@@ -84,7 +83,7 @@ def environment() -> list[str]:
 
 def code_version() -> tuple[str, str]:
     """The commit of this code and what was changed since, if it lies in a git checkout."""
-    root = Path(moebius.__file__).parents[1]
+    root = Path(__file__).parents[3]
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(root), *words]
