@@ -137,11 +137,15 @@ class Cluster:
             until(lambda: not self.call("squeue", "-h", "--steps", "-j", job), 60, "an old step")
             self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
-    def lose(self, node: str) -> None:
-        """A machine that is gone: its daemon and all processes of its jobs, at once."""
-        daemon = self.pid(self.folder / f"{node}.pid")
-        pids = [daemon, *children(daemon), *processes_with(f"SLURMD_NODENAME={node}", self.folder)]
-        for pid in pids:
+    def lose(self, node: str, silently: bool = False) -> None:
+        """A machine that is gone: its daemon and all processes of its jobs, at once.
+
+        With `silently` also those by which SLURM looks after them, which would tell of it.
+        """
+        tasks = processes_with(f"SLURMD_NODENAME={node}", self.folder)
+        parents = {parent_of(pid) for pid in tasks} if silently else set()
+        keepers = [pid for pid in parents if "slurmstepd" in command_of(pid)]
+        for pid in [self.pid(self.folder / f"{node}.pid"), *keepers, *tasks]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -184,13 +188,18 @@ def free_ports(count: int) -> list[int]:
     raise AssertionError("no free ports")
 
 
-def children(pid: int) -> list[int]:
-    """All processes below one."""
-    found = []
+def parent_of(pid: int) -> int:
+    """0 where the process is gone."""
     with suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            found += [int(child), *children(int(child))]
-    return found
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process; empty where it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""
 
 
 def processes_with(variable: str, folder: Path) -> list[int]:

@@ -13,7 +13,7 @@ from tests.faults.restarts import until_done
 from tests.trainer.helpers import error_line, logged, moebius, write_config
 
 pytestmark = pytest.mark.slow
-STEPS, ROWS = 44, 4
+STEPS, ROWS = 56, 4
 ON_TWO = ("--nodes", "2", "--processes-per-node", "1", "--no-preflight")
 
 
@@ -30,11 +30,11 @@ def tree_in(run_tree: dict[str, Any], folder: Path, seconds: float = 0.0) -> dic
     }
 
 
-def test_preempted_killed_and_a_node_lost_without_a_trace(
+def test_preempted_killed_and_nodes_lost_without_a_trace(
     cluster: Cluster, run_tree: dict[str, Any], tmp_path: Path, warm: None
 ) -> None:
-    """All in one job: it saves, is requeued, restarts inside, moves to other nodes, and ends with
-    the losses and samples of a run that nobody disturbed."""
+    """All in one job: it saves, is requeued, restarts inside, moves to other nodes twice, and ends
+    with the losses and samples of a run that nobody disturbed."""
     folder = tmp_path / "run"
     config = write_config(tree_in(run_tree, folder, 0.25), tmp_path / "run.yaml")
     run = submit(cluster, folder, config, *ON_TWO, "--max-requeues", "1")
@@ -60,12 +60,18 @@ def test_preempted_killed_and_a_node_lost_without_a_trace(
     run.requeued(2)
     run.logs("continuing after step", 3)
     assert cluster.facts(run.job)["NodeList"] == "n[1,3]"
+    assert "requeued: the training failed or lost a node" in run.log
+    cluster.start_node("n2")
+    run.reaches(LocalStorage(folder / "checkpoints").steps()[-1] + 3)
+    cluster.lose("n1", silently=True)  # the shell of the job with it: here SLURM has to requeue
+    run.requeued(3)
+    cluster.start_node("n1")
+    run.logs("continuing after step", 4)
+    assert cluster.facts(run.job)["NodeList"] == "n[2-3]"
     run.ends("COMPLETED")
     found = run.status()
-    assert (found["state"], found["step"], found["jobs"][0]["restarts"]) == ("complete", STEPS, "2")
+    assert (found["state"], found["step"], found["jobs"][0]["restarts"]) == ("complete", STEPS, "3")
     assert found["checkpoint"]["step"] == STEPS
-    assert "the training failed or lost a node" in run.log
-    cluster.start_node("n2")
 
     whole = tree_in(run_tree, tmp_path / "whole")
     words = ["train", str(write_config(whole, tmp_path / "whole.yaml"))]
