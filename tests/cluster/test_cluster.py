@@ -60,14 +60,14 @@ def test_preempted_killed_and_nodes_lost_without_a_trace(
     run.requeued(2)
     run.logs("continuing after step", 3)
     assert cluster.facts(run.job)["NodeList"] == "n[1,3]"
-    assert "requeued: the training failed or lost a node" in run.log
+    assert "to be requeued: the training failed or lost a node" in run.log
     cluster.start_node("n2")
     run.reaches(LocalStorage(folder / "checkpoints").steps()[-1] + 3)
     cluster.lose("n1", silently=True)  # the shell of the job with it: here SLURM has to requeue
     run.requeued(3)
-    cluster.start_node("n1")
     run.logs("continuing after step", 4)
     assert cluster.facts(run.job)["NodeList"] == "n[2-3]"
+    cluster.start_node("n1")
     run.ends("COMPLETED")
     found = run.status()
     assert (found["state"], found["step"], found["jobs"][0]["restarts"]) == ("complete", STEPS, "3")

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from moebius.errors import LaunchError
 
@@ -12,9 +13,9 @@ PATIENCE = 60
 NOISE = re.compile(r"^(sbatch|scontrol|squeue): (error: )?|^allocation failure: ")
 
 
-def submit(script: str, options: Sequence[str]) -> str:
+def submit(script: Path, options: Sequence[str]) -> str:
     """Hand in a script; gives the number of the job. Raises LaunchError where SLURM refuses it."""
-    return _call(["sbatch", "--parsable", *options], script).strip().partition(";")[0]
+    return _call(["sbatch", "--parsable", *options, str(script)]).strip().partition(";")[0]
 
 
 def check(script: str, options: Sequence[str]) -> None:
@@ -30,14 +31,14 @@ def job_state(job: str) -> dict[str, str]:
     if shutil.which("scontrol") is None:
         return {}
     try:
-        text = _call(["scontrol", "show", "job", job, "--oneliner"], None)
+        text = _call(["scontrol", "show", "job", job, "--oneliner"])
     except LaunchError:
         return {}
     first = text.splitlines()[0] if text.strip() else ""
     return dict(re.findall(r"(\w+)=(\S*)", first))
 
 
-def _call(command: Sequence[str], script: str | None) -> str:
+def _call(command: Sequence[str], script: str | None = None) -> str:
     name = command[0]
     if shutil.which(name) is None:
         raise LaunchError(

@@ -22,7 +22,7 @@ standing() {
 exclude() (trap '' TERM; scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1")
 
 requeue() {   # requeue WHY [NODES]: NODES are not to be used again
-    say "requeued: $1"
+    say "to be requeued: $1"
     ended=
     trap 'ended=1' TERM   # with which SLURM now ends this shell
     if scontrol requeue "$SLURM_JOB_ID"; then
@@ -31,7 +31,7 @@ requeue() {   # requeue WHY [NODES]: NODES are not to be used again
         for _ in {1..60}; do [ -n "$ended" ] || sleep 1; done
         exit 1
     fi
-    say "error: the job cannot be requeued; submit it again"
+    say "error: SLURM does not requeue it; the next job of a chain, or the same command, goes on"
     exit 1
 }
 
@@ -47,7 +47,8 @@ requeue_after_failure() {   # so often only, for most failures come again
 
 # --- signals ---
 # USR1 comes some minutes before the time limit, and with preemption where the site has set it up
-# so: the run is to save and stop. TERM comes with scancel and at the very end: nothing is requeued.
+# so: the run is to save and stop. TERM comes with scancel, at the very end, and where SLURM itself
+# requeues the job: there is nothing to do here but to wait for the training.
 # The file is for a training that is just being started and does not listen to signals yet.
 step= asked= cancelled= signalled=
 on_usr1() {
@@ -57,7 +58,7 @@ on_usr1() {
     [ -z "$step" ] || kill -USR1 "$step"
 }
 trap on_usr1 USR1
-trap 'cancelled=1 signalled=1; say "TERM: cancelled, or at the end of its time"' TERM
+trap 'cancelled=1 signalled=1; say "TERM: SLURM is ending the job"' TERM
 
 # --- nodes ---
 # The processes meet at the first node; addresses are those by which SLURM itself reaches nodes.
@@ -78,7 +79,8 @@ export addresses address port MOEBIUS_STOP_FILE=$stop_file
 
 # Run by bash on every node. A signal to a step reaches all of its processes, and torchrun would
 # die of USR1; the processes of the training install a handler of their own. PET_* are options of
-# torchrun: who serves the rendezvous, and the address of this node, both of which it would guess.
+# torchrun: who serves the rendezvous and the address of this node, both of which it would guess,
+# and time for nodes that are slow to start, as where an image has to be fetched.
 on_node='
 trap "" USR1
 if ! getent ahosts "$address" > /dev/null; then
@@ -86,18 +88,19 @@ if ! getent ahosts "$address" > /dev/null; then
     exit 1
 fi
 echo "node $SLURM_NODEID is $SLURMD_NODENAME ($(hostname)), to meet at $address:$port"
-export PET_RDZV_CONF=is_host=$((SLURM_NODEID == 0))
+export PET_RDZV_CONF=is_host=$((SLURM_NODEID == 0)),read_timeout=600,join_timeout=900
 export PET_LOCAL_ADDR=$(sed -n "s/^$SLURMD_NODENAME //p" <<< "$addresses")
 exec "$@"
 '
 
-# start NAME RESTARTS COMMAND...: torchrun on every node; leaves the exit code in $code. The
+# start NAME RESTARTS COMMAND...: torchrun on every node; leaves the exit code in $code. All CPUs of a
+# node are for all of its processes: bound to those of one task, they would share a core. The
 # rendezvous is c10d, not a static one: its agents see at once that another one has to restart,
 # where the processes of a static one would hang in a collective until its time is over.
 start() {
     name=$1 restarts=$2
     shift 2
-    srun --job-name="$name" --kill-on-bad-exit=1 "${srun_options[@]}" \
+    srun --job-name="$name" --kill-on-bad-exit=1 --cpu-bind=none "${srun_options[@]}" \
         bash -c "$on_node" _ "${python[@]}" -m torch.distributed.run \
         --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$processes" --max-restarts="$restarts" \
         --rdzv-backend=c10d --rdzv-endpoint="$address:$port" --rdzv-id="$launch.$name" \
@@ -124,9 +127,7 @@ env | grep -E '^(SLURM|NCCL|CUDA|TORCH|OMP|MOEBIUS|UCX|FI|GLOO)_' \
 if [ -n "$preflight" ]; then
     rm -f "$run/preflight-bad-nodes"
     start preflight 0 preflight "$config"
-    if [ -n "$cancelled" ]; then exit 143; fi
-    if [ -n "$asked" ]; then requeue "asked to stop before the training began"; fi
-    if [ "$code" != 0 ]; then
+    if [ "$code" != 0 ] && [ -z "$asked$cancelled" ]; then
         bad=$(sort -u "$run/preflight-bad-nodes" 2>/dev/null | paste -sd, -)
         if [ -n "$bad" ] && [ -n "$exclude_bad_nodes" ]; then
             excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
@@ -139,6 +140,8 @@ if [ -n "$preflight" ]; then
 fi
 
 # --- training ---
+if [ -n "$cancelled" ]; then exit 143; fi
+if [ -n "$asked" ]; then requeue "asked to stop before the training began"; fi
 start train "$max_restarts" train "$config" --stopped-exit-code 0
 read -r state again <<< "$(standing)"
 say "the training has ended with code $code: ${state:-nothing is known of it}"
@@ -149,7 +152,7 @@ if [ "$state" = complete ]; then
     exit 0
 fi
 if [ -n "$cancelled" ]; then
-    say "not requeued; the same command goes on from the last checkpoint"
+    say "not requeued by this script; the same command goes on from the last checkpoint"
     exit 143
 fi
 if [ "$again" = false ]; then

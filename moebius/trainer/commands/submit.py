@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     write(job.submission, script, dict(zip(names, configs, strict=True)))
     jobs: list[str] = []
     for _ in range(arguments.chain):
-        jobs.append(client.submit(script, options))
+        jobs.append(client.submit(job.submission / SCRIPT, options))
         options = [f"--dependency=afterany:{jobs[-1]}"]
         note_jobs(job.submission, jobs)
     for line in farewell(job, cluster, jobs, configs):
