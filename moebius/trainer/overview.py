@@ -16,10 +16,10 @@ from moebius.trainer.checkpoint.storage import open_storage
 from moebius.trainer.cluster import client
 from moebius.trainer.cluster.submission import jobs_of
 from moebius.trainer.config_file import load_config
-from moebius.trainer.folder import CONFIG_NAME
+from moebius.trainer.folder import CONFIG_NAME, is_locked
 from moebius.trainer.recovery.goodput import FILE_NAME as TIMES
 from moebius.trainer.recovery.goodput import PRODUCTIVE, Attempt, goodput, read_accounts
-from moebius.trainer.standing import Standing, is_locked, read_standing
+from moebius.trainer.standing import Standing, read_standing
 
 WAITING = ("PENDING", "REQUEUED", "CONFIGURING")
 ALIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")

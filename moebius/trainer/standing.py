@@ -15,7 +15,7 @@ from typing import Literal
 from moebius.errors import ConfigError, DataError, LayoutError, MoebiusError
 from moebius.files import sync
 from moebius.parallel.world import rank
-from moebius.trainer.folder import lock_folder
+from moebius.trainer.folder import is_locked
 
 FILE_NAME = "standing.json"
 HOPELESS = (ConfigError, DataError, LayoutError)
@@ -64,17 +64,6 @@ def read_standing(folder: Path) -> Standing | None:
         return Standing(**json.loads((folder / FILE_NAME).read_text()))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process trains there now, as far as locks of files reach."""
-    if not (folder / "lock").exists():
-        return False
-    try:
-        with lock_folder(folder):
-            return False
-    except MoebiusError:
-        return True
 
 
 @contextmanager

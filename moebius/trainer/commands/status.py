@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moebius.trainer.commands.arguments import whole
 from moebius.trainer.commands.checkpoints import duration
@@ -34,8 +35,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows(found):
-        table.add_row(name, text)
-    console.print(table, markup=False, highlight=False)
+        table.add_row(name, Text(text))  # brackets in events are no markup
+    console.print(table)
     return 0
 
 
