@@ -66,15 +66,13 @@ def test_a_run_from_its_stop_to_its_end(
     assert (seen["state"], seen["step"], seen["attempts"]) == ("complete", 6, 4)
     assert seen["checkpoint"]["step"] == 6
     assert sum(seen["goodput"].values()) == pytest.approx(1, abs=0.02)
+    line = json.dumps({"time": "", "step": 3, "event": "spike", "text": "[red] 7"})
+    (Path(folder) / "events.jsonl").write_text(f"{line}\n{line[:9]}")
     assert main(["status", folder]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "state",
-        "step",
-        "checkpoint",
-        "attempts",
-        "time",
-    ]
+    names = ["state", "step", "checkpoint", "attempts", "time", "spike"]
+    assert [line.split()[0] for line in lines] == names
+    assert lines[-1].split(maxsplit=1)[1].strip() == "step 3: [red] 7"
     assert lines[1].split() == ["step", "6", "of", "6"]
 
     with lock_folder(Path(folder)):
