@@ -16,7 +16,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if not INSTALLED:
         assert not REQUIRED, "SLURM is not installed (slurmctld, slurmd, slurm-client)"
         pytest.skip("SLURM is not installed (slurmctld, slurmd, slurm-client)")
-    found = Cluster(tmp_path_factory.mktemp("slurm"), 3)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    found = Cluster(tmp_path_factory.mktemp("slurm"), 3, int(worker))
     try:
         found.start()
         yield found

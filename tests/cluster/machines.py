@@ -47,6 +47,7 @@ SlurmdTimeout=10
 InactiveLimit=0
 KillWait=30
 MinJobAge=3600
+FirstJobId={first_job}
 JobRequeue=1
 GresTypes=gpu
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] \\
@@ -69,6 +70,8 @@ class Cluster:
 
     folder: Path
     nodes: int
+    number: int = 0
+    """several may run on a machine, with other ports, also those that are made of job numbers"""
     ports: list[int] = field(default_factory=list)
 
     @property
@@ -82,7 +85,7 @@ class Cluster:
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "state").mkdir()
-        self.ports = free_ports(self.nodes + 1)
+        self.ports = free_ports(self.nodes + 1, 27000 + 500 * self.number)
         gpus = [self.folder / f"gpu{number}" for number in range(NODE_GPUS)]
         for gpu in gpus:
             gpu.touch()
@@ -94,6 +97,7 @@ class Cluster:
             first=self.ports[1],
             last=self.ports[-1],
             nodes=self.nodes,
+            first_job=1 + 1000 * self.number,
             cpus=NODE_CPUS,
             gpus=NODE_GPUS,
         )
@@ -171,9 +175,9 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
 
 
-def free_ports(count: int) -> list[int]:
+def free_ports(count: int, lowest: int) -> list[int]:
     """Neighbouring ports below those that the kernel gives to others."""
-    for first in range(27000, 31000, 2 * count):
+    for first in range(lowest, lowest + 500 - count, count):
         sockets: Sequence[socket.socket] = [socket.socket() for _ in range(count)]
         try:
             for number, one in enumerate(sockets):
