@@ -56,7 +56,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[Store | None]:
 
     Gives the store through which they have found each other.
 
-    Every attempt of an elastic launcher gets a part of the store of its own: addresses of processes
+    Every attempt of a launcher gets a store, or a part of one, of its own: addresses of processes
     that have died would otherwise be tried again.
     """
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]
@@ -69,7 +69,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[Store | None]:
             "start the processes with torchrun",
         )
     shared, number, size = next(rendezvous("env://"))
-    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+    store = PrefixStore(_attempt(), shared)
     check_alike("device", {"train.device": device.type}, store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
@@ -83,6 +83,17 @@ def joined(device: torch.device, timeout: float) -> Iterator[Store | None]:
         yield store
     finally:
         dist.destroy_process_group()
+
+
+def _attempt() -> str:
+    """A name that all processes of an attempt agree on, and that no other attempt has in a store.
+
+    The agents of torchrun count restarts each for itself, and only of those they began. Where each
+    attempt has a new store (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1) the count is not needed.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False":
+        return "attempt"
+    return f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def main_first(action: Callable[[], T], store: Store | None) -> T:

@@ -24,6 +24,8 @@ from moebius.trainer.commands import (
     preflight,
     prepare,
     schema,
+    status,
+    submit,
     sweep,
     train,
 )
@@ -45,6 +47,8 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "preflight": preflight,
     "calibrate": calibrate,
+    "submit": submit,
+    "status": status,
     "prepare": prepare,
     "inspect": inspect,
     "audit": audit,

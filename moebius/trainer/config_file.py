@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,16 +15,25 @@ from moebius.trainer.config import RunConfig, problems
 
 BASE_KEY = "base"
 KeyPath = tuple[str | int, ...]
+Node = TypeVar("Node", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `3e-4` is a number (YAML 1.1 wants `3.0e-4`) and a date is text."""
+    """Safe YAML in which `3e-4` is a number (YAML 1.1 wants `3.0e-4`), a date is text, and so is
+    `12:00:00`, which YAML 1.1 takes for a number of base 60."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":int"))
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(?:0b[01_]+|0x[\da-fA-F_]+|0[0-7_]*|[1-9][\d_]*)$"),
+    list("-+0123456789"),
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -38,15 +47,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError with one line per problem, all problems at once: file:line:column, dotted
     path, what is wrong, what was given and the nearest valid name.
     """
-    tree, places = _read(Path(path), seen=())
+    tree, places = read_tree(Path(path))
     # What chooses a kind goes first: it may replace the options of another one.
     for override in sorted(overrides, key=lambda text: ".kind=" not in text):
         _override(tree, places, override)
-    try:
-        config = RunConfig.model_validate(tree)
-    except ValidationError as error:
-        lines = [_describe(details, tree, places, str(path)) for details in _causes(error.errors())]
-        raise ConfigError("\n".join(lines)) from None
+    config = validated(RunConfig, tree, places, str(path))
     lines = [
         f"{_place(tuple(problem.path.split('.')), places, str(path))}: "
         f"{problem.path}: {problem.message}"
@@ -57,7 +62,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+def validated(
+    model: type[Node], tree: dict[str, Any], places: Mapping[KeyPath, str], fallback: str
+) -> Node:
+    """A node of a tree whose keys stand at `places`, or else at `fallback`.
+
+    Raises ConfigError with one line per problem.
+    """
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [
+            _describe(details, tree, places, fallback, model) for details in _causes(error.errors())
+        ]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     """The tree of a file merged over its bases, and where each key stands."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: base: the file is its own base")
@@ -85,7 +106,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyP
         return tree, places
     if not isinstance(base, str):
         raise ConfigError(f"{places[(BASE_KEY,)]}: base: must be the name of one file")
-    merged, base_places = _read(path.parent / base, (*seen, path.resolve()))
+    merged, base_places = read_tree(path.parent / base, (*seen, path.resolve()))
     return _merge(merged, tree), base_places | places
 
 
@@ -209,7 +230,11 @@ def _causes(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
 
 
 def _describe(
-    details: ErrorDetails, tree: dict[str, Any], places: Mapping[KeyPath, str], fallback: str
+    details: ErrorDetails,
+    tree: dict[str, Any],
+    places: Mapping[KeyPath, str],
+    fallback: str,
+    model: type[BaseModel],
 ) -> str:
     """One line for one of pydantic's findings."""
     path = _without_tags(details["loc"], tree)
@@ -217,7 +242,7 @@ def _describe(
     given = details["input"]
     kind, context = details["type"], details.get("ctx", {})
     if kind == "extra_forbidden":
-        allowed = _options(RunConfig, details["loc"][:-1])
+        allowed = _options(model, details["loc"][:-1])
         message = f"unknown option{_nearest(str(path[-1]), allowed)}"
     elif kind == "missing":
         message = "missing"

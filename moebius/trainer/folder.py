@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from moebius.trainer.config import RunConfig, identity
 from moebius.trainer.config_file import load_config
 
 CONFIG_NAME = "config.yaml"
+TRIES = 3
+"""to lock a folder: `is_locked` holds the lock for a moment"""
 
 
 def check_folder(config: RunConfig) -> None:
@@ -66,14 +69,29 @@ def lock_folder(folder: Path) -> Iterator[None]:
     however it ends.
     """
     with ExitStack() as stack:
-        try:
-            stack.enter_context(exclusive(folder / "lock"))
-        except BlockingIOError:
-            raise CheckpointError(
-                f"run_dir: '{folder}' is being trained by another process",
-                "wait for it, stop it, or choose another run_dir",
-            ) from None
+        for number in range(TRIES):
+            try:
+                stack.enter_context(exclusive(folder / "lock"))
+                break
+            except BlockingIOError:
+                if number == TRIES - 1:
+                    raise CheckpointError(
+                        f"run_dir: '{folder}' is being trained by another process",
+                        "wait for it, stop it, or choose another run_dir",
+                    ) from None
+                time.sleep(0.05)
         yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains there now, as far as locks of files reach."""
+    if not (folder / "lock").exists():
+        return False
+    try:
+        with exclusive(folder / "lock"):
+            return False
+    except BlockingIOError:
+        return True
 
 
 def claim_folder(config: RunConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,14 @@ if TYPE_CHECKING:
     from moebius.trainer.run import Run
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-TIME_LIMIT, STOP_FILE = 1001, 1002
+TIME_LIMIT, STOP_FILE, JOB_STOPS = 1001, 1002, 1003
 """reasons beside the numbers of signals"""
 STOP_NAME = "STOP"
+VARIABLE = "MOEBIUS_STOP_FILE"
+"""names a file by which the script of a job asks for a stop: a signal may come before the processes
+listen, and is then lost"""
+FOR_GOOD = (signal.SIGINT, STOP_FILE)
+"""reasons of a person, after which nothing is to start the run again"""
 SAME_SECONDS = 0.5
 """launchers and schedulers send the same signal twice; a person who means it waits longer"""
 
@@ -28,12 +34,15 @@ def reason(code: int) -> str:
         return "train.time_limit is over"
     if code == STOP_FILE:
         return f"there is a file {STOP_NAME} in run_dir"
+    if code == JOB_STOPS:
+        return "its job is about to end"
     return signal.Signals(code).name
 
 
 class InterruptCallback(Callback):
     """Ends the run after the present step: on SIGINT (Ctrl-C), SIGTERM or SIGUSR1 to any of its
-    processes, when its time is over, or when there is a file `STOP` in the run folder.
+    processes, when its time is over, when there is a file `STOP` in the run folder, or when the
+    script of its job asks for it.
 
     A second signal ends the process at once.
     """
@@ -75,6 +84,8 @@ class InterruptCallback(Callback):
                 self.asked = TIME_LIMIT
             elif (run.folder / STOP_NAME).exists():
                 self.asked = STOP_FILE
+            elif VARIABLE in os.environ and Path(os.environ[VARIABLE]).exists():
+                self.asked = JOB_STOPS
         run.consensus.vote("stop", self.asked)
 
     def close(self) -> None:

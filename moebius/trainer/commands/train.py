@@ -29,10 +29,11 @@ from moebius.trainer.callbacks.evaluation import EvaluationCallback
 from moebius.trainer.callbacks.events import EventLog
 from moebius.trainer.callbacks.goodput import GoodputCallback
 from moebius.trainer.callbacks.guard import GuardCallback
-from moebius.trainer.callbacks.interrupt import InterruptCallback, reason
+from moebius.trainer.callbacks.interrupt import FOR_GOOD, InterruptCallback, reason
 from moebius.trainer.callbacks.metrics import MetricsCallback
 from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
+from moebius.trainer.commands.arguments import whole
 from moebius.trainer.commands.preparing import workshop
 from moebius.trainer.config import RunConfig, settings
 from moebius.trainer.config_file import load_config
@@ -43,6 +44,7 @@ from moebius.trainer.machine import select_device
 from moebius.trainer.recovery.faults import FaultInjector
 from moebius.trainer.resume import resume
 from moebius.trainer.run import Run
+from moebius.trainer.standing import Standing, failures_noted, write_standing
 from moebius.trainer.watch.progress import Progress
 from moebius.trainer.watch.session import watched
 
@@ -59,11 +61,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on with a run_dir of another config; the weights must still fit",
     )
+    parser.add_argument(
+        "--stopped-exit-code",
+        type=whole(0, 255),
+        default=STOPPED,
+        metavar="N",
+        help=f"when it was stopped and has saved; default: {STOPPED}. Launchers that start again "
+        "what has failed need 0",
+    )
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Train to the last step (exit code 0), or until it is stopped and saved (75)."""
     config = load_config(arguments.config, arguments.overrides)
+    with failures_noted(Path(config.run_dir)):
+        return _join(config, arguments, console)
+
+
+def _join(config: RunConfig, arguments: argparse.Namespace, console: Console) -> int:
+    """Connect the processes, and train."""
     check_processes(config, world_size())
     device = select_device(config.train.device)
     prepared: list[str] = []
@@ -145,13 +161,28 @@ def _train(
             )
         if is_main():
             claim_folder(config)
+            write_standing(training.folder, standing(training, ended=False))
         try:
             train(training)
         finally:
             training.stream.close()
+        if is_main():
+            write_standing(training.folder, standing(training, ended=True))
     for line in farewell(training, shlex.join([arguments.config, *arguments.overrides])):
         say(line)
-    return 0 if training.step == config.train.num_steps else STOPPED
+    complete = training.step == config.train.num_steps
+    return 0 if complete else int(arguments.stopped_exit_code)
+
+
+def standing(run: Run, ended: bool) -> Standing:
+    """How a run stands before and after its training."""
+    step, last = run.step, run.config.train.num_steps
+    if not ended:
+        return Standing("running", True, step=step, num_steps=last)
+    if step == last:
+        return Standing("complete", False, step=step, num_steps=last)
+    code = run.agreed["stop"]
+    return Standing("stopped", code not in FOR_GOOD, reason(code), step, last)
 
 
 def callbacks_of(config: RunConfig, console: Console) -> list[Callback]:
