@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moebius.parallel.comm import Traffic
+
 COLLECTIVES = {
     "c10d::allreduce_": ("all_reduce", 0),
     "c10d::_allgather_base_": ("all_gather", 1),
@@ -50,8 +52,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self.at_peak: Callable[[], None] = lambda: None
         """called whenever there has never been as much"""
-        self.collectives: dict[str, int] = {}
-        """bytes of their inputs, by operation"""
+        self.collectives = Traffic()
+        """all of them, whoever called them, under one axis"""
         self._sizes: dict[int, int] = {}
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
@@ -77,7 +79,7 @@ class LiveBytes(TorchDispatchMode):
             name, position = operation
             inputs = args[position] if isinstance(args[position], list) else [args[position]]
             size = sum(t.numel() * t.element_size() for t in inputs)
-            self.collectives[name] = self.collectives.get(name, 0) + size
+            self.collectives.add("all", name, size)
 
     def _follow_all(self, out: Any) -> None:
         for leaf in tree_leaves(out):

@@ -9,7 +9,7 @@ senders give them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -130,7 +130,7 @@ def use_of_step(job: Job, layout: Layout, live: LiveBytes) -> Usage:
     engine = layout.engine
     peak = Peak(live, parameters_of(layout.decoder), optimizer_state(engine.optimizer))
     layout.mesh.traffic.take()
-    live.collectives.clear()
+    live.collectives.take()
     ranges = layout.row_ranges(job.rows, job.micro_batch_size)
     batches = [Rows.of(start, end, job.row_length) for start, end in ranges]
     step = StepContext(
@@ -156,22 +156,22 @@ def use_of_step(job: Job, layout: Layout, live: LiveBytes) -> Usage:
 
 def _taken(job: Job, layout: Layout, live: LiveBytes) -> Traffic:
     """What has been sent since the last time."""
-    traffic = layout.mesh.traffic.take()
+    traffic, every = layout.mesh.traffic.take(), live.collectives.take()
     if job.parallel.data == "fsdp2":
-        _add_those_of_torch(traffic, live.collectives)
-    live.collectives.clear()
+        _add_those_of_torch(traffic, every)
     return traffic
 
 
-def _add_those_of_torch(traffic: Traffic, collectives: Mapping[str, int]) -> None:
+def _add_those_of_torch(traffic: Traffic, every: Traffic) -> None:
     """FSDP2 calls collectives itself: all that were called but ours."""
-    ours: dict[str, int] = {}
-    for (_, operation), sent in traffic.sent.items():
-        ours[operation] = ours.get(operation, 0) + sent
-    for operation, sent in collectives.items():
-        own = sent - ours.get(operation, 0)
+    for (_, operation), sent in every.sent.items():
+        calls = every.calls["all", operation]
+        ours = [key for key in traffic.sent if key[1] == operation]
+        own = sent - sum(traffic.sent[key] for key in ours)
         if own:
-            traffic.add("dp_replicate" if operation == "all_reduce" else "shard", operation, own)
+            key = ("dp_replicate" if operation == "all_reduce" else "shard", operation)
+            traffic.sent[key] = own
+            traffic.calls[key] = calls - sum(traffic.calls[key] for key in ours)
 
 
 def simulate(job: Job, rank: int = 0) -> list[Usage]:

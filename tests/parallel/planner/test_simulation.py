@@ -90,9 +90,11 @@ CASES: dict[str, Case] = {
     "mor": Case(MOR),
     "mor-zero1": Case(MOR, 2),
     "mor-pp": Case(MOR, 2, {"pp": 2}, micro_batch=1),
-    "moepp_mor-ring": Case(MOEPP_MOR, 2, {"rp": 2}, micro_batch=1),
-    "moepp_mor-ring-merged": Case(MOEPP_MOR, 2, {"rp": 2, "ring": {"merge": True}}, micro_batch=1),
-    "moepp_mor-ring-zero1": Case(MOEPP_MOR, 4, {"rp": 2}, micro_batch=1),
+    "moepp_mor-ring": Case(MOEPP_MOR, 2, {"rp": 2}, rows=6, micro_batch=1),
+    "moepp_mor-ring-merged": Case(
+        MOEPP_MOR, 2, {"rp": 2, "ring": {"merge": True}}, rows=6, micro_batch=1
+    ),
+    "moepp_mor-ring-zero1": Case(MOEPP_MOR, 4, {"rp": 2}, rows=6, micro_batch=1),
 }
 
 

@@ -1,0 +1,205 @@
+"""Plans: what is worked out from simulated processes, against closed forms and naive ways."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moebius.errors import ConfigError, LayoutError
+from moebius.model.decoder import Decoder
+from moebius.parallel.comm import Traffic
+from moebius.parallel.config import ParallelConfig
+from moebius.parallel.planner.device import DeviceProfile, Link, device_profile, known_profiles
+from moebius.parallel.planner.estimate import IMBALANCE, make_plan
+from moebius.parallel.planner.idle import idle_share
+from moebius.parallel.planner.links import exchanges, seconds
+from moebius.parallel.planner.search import search, why_it_loses
+from moebius.parallel.planner.simulate import simulate
+from moebius.parallel.planner.whole_step import use_of_whole_step
+from moebius.parallel.planner.world import SimulatedMesh
+from tests.parallel.planner.test_simulation import (
+    DEALT,
+    DENSE,
+    FFN,
+    LENGTH,
+    MOE,
+    MOEPP_MOR,
+    MOR,
+    Case,
+)
+from tests.parity.models import moe
+
+CPU = device_profile("cpu")
+INTERLEAVED = {"schedule": "interleaved_1f1b", "stages_per_rank": 2}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(DENSE, 2, rows=32),
+        Case(MOE, 2, {"ep": 2}, rows=32),
+        Case(MOE, 2, {"data": "fsdp2"}, rows=16),
+        Case(MOR, 2, {"pp": 2}, rows=6, micro_batch=1),
+        Case(MOR, 2, {"pp": 2, "pipeline": INTERLEAVED}, rows=10, micro_batch=1),
+        Case(MOR, 2, {"pp": 2, "pipeline": {"schedule": "gpipe"}}, rows=3, micro_batch=1),
+        pytest.param(Case(MOEPP_MOR, 2, {"rp": 2}, rows=12, micro_batch=1), marks=pytest.mark.slow),
+        pytest.param(
+            Case(MOEPP_MOR, 2, {"rp": 2, "ring": {"merge": True}}, rows=24, micro_batch=1),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["dense", "ep", "fsdp2", "1f1b", "interleaved", "gpipe", "ring", "merged"],
+)
+def test_a_long_step_repeats_a_short_one(case: Case) -> None:
+    """To the byte in traffic; what more micro-batches hold are the token ids of the batch."""
+    for short, whole in zip(use_of_whole_step(case.job), simulate(case.job), strict=True):
+        assert short.traffic.sent == whole.traffic.sent
+        assert short.traffic.calls == whole.traffic.calls
+        assert short.memory.total == pytest.approx(whole.memory.total, rel=0.05)
+
+
+def test_a_pipeline_holds_no_more_with_more_micro_batches() -> None:
+    """What was sent is let go of once the other process is known to have it."""
+    few, many = (Case(MOR, 2, {"pp": 2}, rows=n, micro_batch=1).job for n in (4, 12))
+    for short, long in zip(simulate(few), simulate(many), strict=True):
+        token_ids = 5 * 8 * LENGTH * (12 - 4)
+        assert long.memory.total - short.memory.total < 2 * token_ids
+
+
+def test_seconds_on_a_link() -> None:
+    """The terms of ring algorithms, and a latency for each call."""
+    link = Link(bandwidth=1e9, latency=1e-3)
+    assert seconds("all_reduce", 4_000_000, 2, 4, link) == pytest.approx(0.006 + 0.002)
+    assert seconds("reduce_scatter", 4_000_000, 1, 4, link) == pytest.approx(0.003 + 0.001)
+    assert seconds("all_gather", 1_000_000, 1, 4, link) == pytest.approx(0.003 + 0.001)
+    assert seconds("all_to_all", 5_000_000, 1, 4, link) == pytest.approx(0.005 + 0.001)
+
+
+def test_axes_that_leave_a_node_use_the_network() -> None:
+    """16 processes of nodes of 8: tp stays inside, data does not, experts do where they fit."""
+    traffic = Traffic()
+    for axis in ("tp", "data", "experts", "world"):
+        traffic.add(axis, "all_reduce", 1000)
+    for ep, leaves in ((8, False), (16, True)):
+        mesh = SimulatedMesh(ParallelConfig(tp=2, ep=ep), 3, 16)
+        found = {e.axis: e for e in exchanges(traffic, mesh, device_profile("h100"))}
+        assert not found["tp"].across_nodes
+        assert found["data"].across_nodes
+        assert found["world"].across_nodes
+        assert found["experts"].across_nodes == leaves
+        assert (found["tp"].size, found["data"].size, found["experts"].size) == (2, 8, ep)
+
+
+def test_waiting_is_that_of_the_schedule() -> None:
+    """1F1B over stages that cost the same waits (P - 1) / (M + P - 1); of many micro-batches the
+    waiting of few is continued."""
+    layers = DENSE | {"depth": {"num_layers": 8}, "tie_embeddings": False}
+    for rows in (8, 300):
+        case = Case(layers, 2, {"pp": 2, "pipeline": {"costs": [1] * 8}}, rows, 1)
+        with torch.device("meta"):
+            decoder = Decoder(case.job.model)
+        share = idle_share(case.job, decoder)
+        assert 0 < share < 1
+        if rows == 300:  # the head makes the last stage longer: the first one always waits for it
+            exact = Case(layers, 2, {"pp": 2, "pipeline": {"costs": [1] * 8}}, 256, 1)
+            assert share == pytest.approx(idle_share(exact.job, decoder), rel=0.05)
+    assert idle_share(Case(DENSE, 2).job, decoder) == 0.0
+
+
+def test_a_plan_adds_up() -> None:
+    """Its parts, and what it says of them."""
+    plan = make_plan(Case(MOE, 4, {"ep": 2}).job, CPU)
+    assert plan.num_parameters * 4 + plan.num_parameters * 8 <= plan.checkpoint_bytes
+    assert plan.checkpoint_bytes == pytest.approx(12 * plan.num_parameters, rel=0.01)
+    parts = plan.compute_seconds + plan.idle_seconds + plan.exchange_seconds + plan.update_seconds
+    assert plan.step_seconds == pytest.approx(parts)
+    assert plan.mfu * plan.step_seconds * 4 * CPU.flops_fp32 == pytest.approx(plan.flops)
+    hours = CPU.mean_hours_between_failures / 4
+    assert plan.save_interval == pytest.approx(math.sqrt(2 * plan.save_seconds * 3600 * hours))
+    # Of 8 rows in 4 micro-batches of 2: so many tokens, two assignments each, kept in all layers.
+    rows = 2 * LENGTH * 2 * 4
+    kept = rows * (2 * 64 + 3 * 64) * 4
+    assert plan.headroom == pytest.approx((IMBALANCE - 1) * kept)
+    assert any("1.25 times the mean" in line for line in plan.assumptions())
+
+
+def test_recompute_costs_a_forward_pass_and_saves_memory() -> None:
+    """As the model computes it."""
+    plain, again = (
+        make_plan(Case(DENSE, more={"recompute": recompute}).job, CPU)
+        for recompute in ("none", "full")
+    )
+    assert again.flops == plain.flops
+    assert again.compute_seconds == pytest.approx(plain.compute_seconds * 4 / 3)
+    assert again.usage.passes.activations < plain.usage.passes.activations
+
+
+def test_fsdp2_holds_its_share_and_what_it_has_gathered() -> None:
+    """Weights, gradients and moments are shared out, activations are those of other schemes."""
+    whole, shared = (
+        make_plan(Case(DENSE, 4, {"data": data}, micro_batch=1).job, CPU)
+        for data in ("ddp", "fsdp2")
+    )
+    assert shared.memory.weights == pytest.approx(whole.memory.weights / 4, rel=0.05)
+    assert shared.memory.optimizer == pytest.approx(whole.memory.optimizer / 4, rel=0.05)
+    assert shared.usage.passes.activations > whole.usage.passes.activations
+    assert {e.axis for e in shared.exchanges} >= {"shard"}
+
+
+def test_a_search_finds_the_layout_that_fits() -> None:
+    """On a device that has too little memory for what is fastest, experts are spread."""
+    model = {"ffn": moe([FFN | {"count": 16, "intermediate_size": 512}], DEALT)}
+    job = Case(model, 4, rows=16).job
+    large = search(job, CPU)
+    best = large.ranked[0]
+    assert best.plan is not None
+    assert best.plan.fits
+    alone = make_plan(replace(job, parallel=ParallelConfig()), CPU).total_bytes
+    small = CPU.model_copy(update={"memory": alone * 0.9})
+    found = search(job, small)
+    assert found.ranked
+    for candidate in found.ranked:
+        config = candidate.job.parallel
+        assert config.ep * config.tp * config.pp > 1 or config.data == "fsdp2"
+    reasons = [why_it_loses(other, found.ranked[0], small) for other in found.others]
+    assert any(reason.startswith("does not fit: ") for reason in reasons)
+    assert any("fsdp2" in reason for reason in found.refused)
+    times = [c.plan.step_seconds for c in found.ranked if c.plan is not None]
+    assert times == sorted(times)
+
+
+def test_a_search_without_a_legal_layout_says_why() -> None:
+    """Three processes are no power of two, and the rows of a batch are two."""
+    with pytest.raises(LayoutError, match=r"--gpus: 64; no layout of so many is legal: train"):
+        search(Case(DENSE | {"depth": {"num_layers": 1}}, 64, rows=2).job, CPU)
+
+
+def test_device_profiles(tmp_path: Path) -> None:
+    """By name or from a file; a wrong one is named with what is wrong with it."""
+    for name, profile in known_profiles().items():
+        assert device_profile(name) == profile
+    path = tmp_path / "mine.json"
+    CPU.write(path)
+    assert device_profile(str(path)) == CPU
+    with pytest.raises(ConfigError, match=r"--device: 'h800'; allowed: a100, h100"):
+        device_profile("h800")
+    tree = json.loads(path.read_text())
+    for broken, reason in (("{", "Invalid JSON"), (json.dumps(tree | {"memory": -1}), "memory")):
+        path.write_text(broken)
+        with pytest.raises(ConfigError, match=reason) as error:
+            device_profile(str(path))
+        assert "\n" not in str(error.value)
+
+
+def test_a_simulated_world_of_a_thousand() -> None:
+    """Every rank of it can be looked at."""
+    job = Case(MOE, 1024, {"tp": 2, "ep": 8}, rows=1024, micro_batch=1).job
+    uses = [simulate(job, rank)[0] for rank in (0, 517, 1023)]
+    assert [use.rank for use in uses] == [0, 517, 1023]
+    assert uses[0].traffic.sent.keys() == uses[1].traffic.sent.keys()
+    assert all(isinstance(profile, DeviceProfile) for profile in known_profiles().values())
