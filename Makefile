@@ -5,7 +5,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 BENCHMARKS := layer step zero_experts recursion head optimizers quickstart quickstart_speed \
-	data dispatch context ring checkpoint
+	data dispatch context ring checkpoint planning planned_memory
 
 .PHONY: quickstart test test-slow bench bench-gpu deepspeed lint clean
 

@@ -18,6 +18,8 @@ SCRIPTS = {
     "recursion": [],
     "head": [],
     "optimizers": [],
+    "planning": [],
+    "planned_memory": [],
     "gpu": ["--device", "cpu"],
 }
 """options beside --quick and --out"""
@@ -43,7 +45,7 @@ def run(command: list[str]) -> str:
 
 def read(folder: Path, name: str) -> dict[str, Any]:
     """The result file of a script."""
-    (path,) = folder.glob(f"{name}-*-core-cpu.json")
+    (path,) = folder.glob(f"{name}-*-core-cpu*.json")
     result: dict[str, Any] = json.loads(path.read_text())
     assert result.keys() >= MACHINE, name
     return result
