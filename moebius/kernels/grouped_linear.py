@@ -36,8 +36,9 @@ def grouped_linear_reference(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor
     """The definition: a loop over groups."""
     outputs = []
     start = 0
-    for group, end in enumerate(ends_E.tolist()):
-        outputs.append(F.linear(rows_RI[start:end], weight_EOI[group]))
+    # Not `[group]`: the gradient of each index would be as large as all groups.
+    for weight_OI, end in zip(weight_EOI.unbind(), ends_E.tolist(), strict=True):
+        outputs.append(F.linear(rows_RI[start:end], weight_OI))
         start = end
     outputs.append(outputs[-1].new_zeros(len(rows_RI) - start, weight_EOI.shape[1]))
     return torch.cat(outputs)

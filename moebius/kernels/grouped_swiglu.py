@@ -30,9 +30,11 @@ def grouped_swiglu_reference(
     """The definition: a loop over experts."""
     outputs = []
     start = 0
-    for expert, end in enumerate(ends_E.tolist()):
-        gate, up = (rows_RD[start:end] @ gate_up_E2FD[expert].T).chunk(2, dim=-1)
+    # Not `[expert]`: the gradient of each index would be as large as all experts.
+    experts = zip(gate_up_E2FD.unbind(), down_EDF.unbind(), ends_E.tolist(), strict=True)
+    for gate_up_2FD, down_DF, end in experts:
+        gate, up = (rows_RD[start:end] @ gate_up_2FD.T).chunk(2, dim=-1)
         activation = F.silu(gate) * up * weights_R[start:end].unsqueeze(1)
-        outputs.append(activation @ down_EDF[expert].T)
+        outputs.append(activation @ down_DF.T)
         start = end
     return torch.cat(outputs)
