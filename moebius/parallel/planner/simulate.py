@@ -75,6 +75,8 @@ class Usage:
     """sent in forward and backward passes, by each micro-batch alike"""
     of_update: Traffic
     """sent once in a step"""
+    update_flops: int
+    """of products of the optimizer: Muon's"""
 
     @property
     def traffic(self) -> Traffic:
@@ -147,10 +149,17 @@ def use_of_step(job: Job, layout: Layout, live: LiveBytes) -> Usage:
     of_passes = _taken(job, layout, live)
     merge_results(result, layout.mesh)
     peak.begin()
+    before = live.flops
     engine.step(1.0)
-    of_update = _taken(job, layout, live)
     return Usage(
-        layout.mesh.rank, len(batches), passes, peak.memory, gradients, of_passes, of_update
+        rank=layout.mesh.rank,
+        micro_batches=len(batches),
+        passes=passes,
+        update=peak.memory,
+        gradients=gradients,
+        of_passes=of_passes,
+        of_update=_taken(job, layout, live),
+        update_flops=live.flops - before,
     )
 
 
