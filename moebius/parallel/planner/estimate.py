@@ -203,7 +203,8 @@ def _usages(job: Job, decoder: Decoder) -> list[Usage]:
 
     FSDP2 frees what it has gathered by means that a simulation does not see. What waits for the
     backward pass is that of the same processes without it; to this comes what is gathered at once:
-    two units, the gradients of one, and what belongs to no unit.
+    two units, the gradients of one, what belongs to no unit, and experts that are spread: these
+    stay until their backward pass.
     """
     found = use_of_whole_step(job)
     if job.parallel.data != "fsdp2":
@@ -218,7 +219,8 @@ def _usages(job: Job, decoder: Decoder) -> list[Usage]:
         for units in loops_of(decoder.program)
     ]
     outside = _gathered_size(decoder, config) - sum(sizes.values())
-    activations = like.passes.activations + 3 * max(units) + 2 * outside
+    staying = _expert_size(decoder, config) if config.ep * config.etp > 1 else 0
+    activations = like.passes.activations + 3 * max(units) + 2 * outside + staying
     passes = replace(usage.passes, gradients=usage.gradients, activations=activations)
     update = replace(usage.update, activations=0)
     return [replace(usage, passes=passes, update=update)]
@@ -226,8 +228,14 @@ def _usages(job: Job, decoder: Decoder) -> list[Usage]:
 
 def _gathered_size(module: nn.Module, config: ParallelConfig) -> int:
     """Bytes that a process holds of a module whose parameters are gathered."""
+    experts = _expert_size(module, ParallelConfig())
+    return (_size(module) - experts) // config.tp + _expert_size(module, config)
+
+
+def _expert_size(module: nn.Module, config: ParallelConfig) -> int:
+    """The same of its experts."""
     experts = sum(_size(m) for m in module.modules() if isinstance(m, DispatchedExperts))
-    return (_size(module) - experts) // config.tp + experts // (config.ep * config.etp)
+    return experts // (config.ep * config.etp)
 
 
 def _size(module: nn.Module) -> int:

@@ -12,6 +12,8 @@ from moebius.parallel.planner.device import DeviceProfile, Link
 
 HIDDEN = ("send", "header")
 """messages between stages and slices travel while others are computed"""
+EXPERT_SHARD = "expert_shard"
+"""among which FSDP2 shares out experts that are spread: an axis of its own, for it hides"""
 RINGS = ("all_reduce", "reduce_scatter", "all_gather")
 """collectives whose processes pass data on in a ring"""
 
@@ -49,7 +51,7 @@ def exchanges(traffic: Traffic, mesh: Mesh, device: DeviceProfile) -> list[Excha
                 sent,
                 reach.leaves_node,
                 seconds(operation, sent, calls, reach.size, link_of(reach, operation, device)),
-                operation in HIDDEN or axis == "shard",
+                operation in HIDDEN or axis in ("shard", EXPERT_SHARD),
             )
         )
     return sorted(found, key=lambda exchange: -exchange.seconds)
@@ -107,6 +109,7 @@ def groups_of(mesh: Mesh, devices_per_node: int) -> Mapping[str, Reach]:
         )
     # Layers that several stages hold add up their gradients among these.
     found["depth"] = found[mesh.depth.axis]
+    found[EXPERT_SHARD] = found[mesh.edp.axis]
     return found
 
 

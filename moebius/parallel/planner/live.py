@@ -55,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
         self.at_peak: Callable[[], None] = lambda: None
         """called whenever there has never been as much"""
         self.collectives = Traffic()
-        """all of them, whoever called them, under one axis"""
+        """all of them, whoever called them; for an axis the processes of gathers and scatters"""
         self.flops = 0
         """of products of matrices"""
         self._sizes: dict[int, int] = {}
@@ -87,7 +87,11 @@ class LiveBytes(TorchDispatchMode):
             name, position = operation
             inputs = args[position] if isinstance(args[position], list) else [args[position]]
             size = sum(t.numel() * t.element_size() for t in inputs)
-            self.collectives.add("all", name, size)
+            count = "all"
+            if name != "all_reduce":
+                whole, part = sorted((args[0].numel(), args[1].numel()), reverse=True)
+                count = str(whole // part) if part else "1"
+            self.collectives.add(count, name, size)
 
     def _follow_all(self, out: Any) -> None:
         for leaf in tree_leaves(out):

@@ -16,6 +16,7 @@ from moebius.config import Problem
 from moebius.errors import ConfigError, LayoutError
 from moebius.model.cost import forward_flops, planned_work
 from moebius.model.decoder import Decoder
+from moebius.model.moe.experts import DispatchedExperts
 from moebius.parallel.comm import Traffic
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.planner.device import Link, device_profile, known_profiles
@@ -216,6 +217,22 @@ def test_fsdp2_holds_its_share_and_what_it_has_gathered() -> None:
     assert shared.memory.optimizer == pytest.approx(whole.memory.optimizer / 4, rel=0.05)
     assert shared.usage.passes.activations > whole.usage.passes.activations
     assert {e.axis for e in shared.exchanges} >= {"shard"}
+
+
+def test_fsdp2_gathers_spread_experts_among_those_that_hold_the_same() -> None:
+    """8 processes, ep 2: experts come from 4, twice a step at most, all else from 8."""
+    plan = make_plan(Case(MOE, 8, {"data": "fsdp2", "ep": 2}, micro_batch=1).job, CPU)
+    sizes = {e.axis: e.size for e in plan.exchanges if e.operation == "all_gather"}
+    assert sizes == {"shard": 8, "expert_shard": 4}
+    with torch.device("meta"):
+        decoder = Decoder(plan.job.model)
+    pools = [m for m in decoder.modules() if isinstance(m, DispatchedExperts)]
+    held = 4 * sum(p.numel() for pool in pools for p in pool.parameters()) // 2
+    (gathered,) = (
+        e for e in plan.exchanges if (e.axis, e.operation) == ("expert_shard", "reduce_scatter")
+    )
+    assert gathered.sent == held
+    assert plan.usage.passes.activations > held  # they stay from their use to its backward pass
 
 
 def test_a_search_finds_the_layout_that_fits() -> None:
