@@ -28,6 +28,7 @@ def test_numbers_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert memory.pop("all") == sum(memory.values())
     assert memory["weights"] >= 4 * found["parameters"]
     assert found["exchanges"] == []
+    assert 0 < found["save_seconds"] < found["save_interval_seconds"]
     assert found["fits"]
 
 
@@ -39,11 +40,14 @@ def test_what_does_not_fit_says_so(capsys: pytest.CaptureFixture[str], tmp_path:
 
 
 def test_a_search_ranks_and_explains(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", QUICKSTART, "--gpus", "2", "--device", "cpu", "--search"]) == 0
+    """It knows what the optimizer asks for, too."""
+    words = ["plan", QUICKSTART, "--gpus", "2", "--device", "cpu", "--search", "optim.muon={}"]
+    assert main(words) == 0
     out = capsys.readouterr().out
     assert "layouts of 2 x cpu, simulated" in out
     assert "slower: " in out
-    assert "refused, " in out
+    assert "fsdp2 cuts the rows of matrices, and optim.muon needs whole ones" in out
+    assert "data=fsdp2" not in out
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,7 @@ def test_a_search_ranks_and_explains(capsys: pytest.CaptureFixture[str]) -> None
         (["--gpus", "3", "parallel.tp=2"], 5, "does not divide the 3 processes"),
         (["parallel.tp=0"], 2, "parallel.tp"),
         (["parallel.engine=deepspeed"], 5, "parallel.engine: deepspeed is not simulated"),
+        (["distillation.teacher=runs/teacher"], 5, "distillation: a teacher, its memory"),
     ],
 )
 def test_mistakes_are_one_line(

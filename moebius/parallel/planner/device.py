@@ -116,9 +116,11 @@ def device_profile(name: str) -> DeviceProfile:
         raise ConfigError(f"--device: '{name}'; {allowed}", "moebius calibrate writes such a file")
     try:
         return DeviceProfile.model_validate_json(path.read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()
-        reason = " ".join(line.strip() for line in first[1:3]) if first[1:] else str(error)
-        raise ConfigError(
-            f"--device: '{name}' is no device profile: {reason}", "moebius calibrate writes one"
-        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = ": ".join([*(str(key) for key in first["loc"]), first["msg"]])
+    except (OSError, UnicodeDecodeError) as error:
+        reason = str(error)
+    raise ConfigError(
+        f"--device: '{name}' is no device profile: {reason}", "moebius calibrate writes one"
+    )

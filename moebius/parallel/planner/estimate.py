@@ -9,23 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+from torch import nn
 
-from moebius.model.cost import balanced_rows, forward_flops, planned_work
+from moebius.model.cost import balanced_rows, planned_work
 from moebius.model.decoder import Decoder
+from moebius.model.moe.experts import DispatchedExperts
 from moebius.model.moe.layer import MoE
 from moebius.model.parameters import named_specs
+from moebius.parallel.config import ParallelConfig
 from moebius.parallel.engine import begin_state
 from moebius.parallel.fsdp import loops_of
 from moebius.parallel.planner.device import GIGA, DeviceProfile
+from moebius.parallel.planner.flops import Flops, flops_of
 from moebius.parallel.planner.idle import idle_share
 from moebius.parallel.planner.links import Exchange, exchanges
 from moebius.parallel.planner.live import Memory, bytes_of, optimizer_state
 from moebius.parallel.planner.shapes import Shapes
 from moebius.parallel.planner.simulate import Job, Usage
-from moebius.parallel.planner.whole_step import use_of_whole_step
+from moebius.parallel.planner.whole_step import Shape, use_of_whole_step
 from moebius.parallel.planner.world import SimulatedMesh
 
 ROOM = 0.9
@@ -53,23 +56,26 @@ class Plan:
     headroom: int
     """bytes, should the experts of a process get `IMBALANCE` times the mean"""
     exchanges: tuple[Exchange, ...]
-    flops: float
-    """of the model in a step, forward and backward, of all processes"""
-    computed_again: float
-    """FLOPs of all processes for `recompute`, beside these"""
+    flops: Flops
+    fullest: float
+    """rows of the process that has most, over the mean"""
     idle_share: float
-    update_seconds: float
     checkpoint_bytes: int
 
     @property
     def memory(self) -> Memory:
-        """When the step holds most."""
-        return self.usage.memory
+        """When the step holds most, the headroom of the passes considered."""
+        return self.usage.update if self.is_in_update else self.usage.passes
+
+    @property
+    def is_in_update(self) -> bool:
+        """Whether the step holds most while weights are updated."""
+        return self.usage.update.total > self.usage.passes.total + self.headroom
 
     @property
     def total_bytes(self) -> int:
         """All that is planned for."""
-        return self.memory.total + self.headroom
+        return self.memory.total + (0 if self.is_in_update else self.headroom)
 
     @property
     def fits(self) -> bool:
@@ -77,16 +83,20 @@ class Plan:
         return self.total_bytes <= ROOM * self.device.memory
 
     @property
+    def peak(self) -> float:
+        """FLOPs per second that a device could do at most."""
+        return self.device.flops_fp32 if self.job.autocast is None else self.device.flops_bf16
+
+    @property
     def rate(self) -> float:
         """FLOPs per second that a device is planned to reach while it computes."""
-        device = self.device
-        peak = device.flops_fp32 if self.job.autocast is None else device.flops_bf16
-        return peak * device.efficiency
+        return self.peak * self.device.efficiency
 
     @property
     def compute_seconds(self) -> float:
-        """Without waiting."""
-        return (self.flops + self.computed_again) / self.job.world_size / self.rate
+        """Of a process with most rows, without waiting."""
+        mean = (self.flops.model + self.flops.again) / self.job.world_size
+        return self.fullest * mean / self.rate
 
     @property
     def idle_seconds(self) -> float:
@@ -101,6 +111,12 @@ class Plan:
         return shown + max(0.0, hidden - self.compute_seconds)
 
     @property
+    def update_seconds(self) -> float:
+        """What the optimizer moves, and its products."""
+        moved = UPDATE_PASSES * self.usage.update.optimizer
+        return moved / self.device.memory_bandwidth + self.usage.update_flops / self.rate
+
+    @property
     def step_seconds(self) -> float:
         """All of it."""
         return (
@@ -110,9 +126,7 @@ class Plan:
     @property
     def mfu(self) -> float:
         """FLOPs of the model over what the devices could do at their peak."""
-        device = self.device
-        peak = device.flops_fp32 if self.job.autocast is None else device.flops_bf16
-        return self.flops / self.step_seconds / self.job.world_size / peak
+        return self.flops.model / self.step_seconds / self.job.world_size / self.peak
 
     @property
     def tokens_per_day(self) -> float:
@@ -143,8 +157,8 @@ class Plan:
         yield (
             f"links: {device.node.bandwidth / GIGA:.3g} GB/s in a node of "
             f"{device.devices_per_node}, {device.network.bandwidth / GIGA:.3g} GB/s between nodes, "
-            "ring algorithms; messages between stages and gathers of FSDP2 hide behind what is "
-            "computed, all else waits"
+            "each device its own share of the network, ring algorithms; messages between stages "
+            "and gathers of FSDP2 hide behind what is computed, all else waits"
         )
         yield (
             "loads of experts are even, a dynamic number of experts is at its cap"
@@ -168,8 +182,7 @@ def make_plan(job: Job, device: DeviceProfile) -> Plan:
     with torch.device("meta"):
         decoder = Decoder(job.model)
     usage = max(_usages(job, decoder), key=lambda usage: usage.memory.total)
-    work = planned_work(decoder, job.rows, job.row_length)
-    forward = forward_flops(decoder, work, balanced_rows(decoder, work))
+    dp = Shape.of(job).dp
     mesh = SimulatedMesh(job.parallel, usage.rank, job.world_size)
     return Plan(
         job=job,
@@ -178,10 +191,9 @@ def make_plan(job: Job, device: DeviceProfile) -> Plan:
         usage=usage,
         headroom=_headroom(job, decoder),
         exchanges=tuple(exchanges(usage.traffic, mesh, device)),
-        flops=3.0 * forward,
-        computed_again=float(forward) if job.recompute == "full" else 0.0,
+        flops=flops_of(job, decoder),
+        fullest=math.ceil(job.rows / dp) * dp / job.rows,
         idle_share=idle_share(job, decoder),
-        update_seconds=UPDATE_PASSES * usage.memory.optimizer / device.memory_bandwidth,
         checkpoint_bytes=_checkpoint_bytes(job),
     )
 
@@ -191,28 +203,42 @@ def _usages(job: Job, decoder: Decoder) -> list[Usage]:
 
     FSDP2 frees what it has gathered by means that a simulation does not see. What waits for the
     backward pass is that of the same processes without it; to this comes what is gathered at once:
-    two units, the gradients of one, and what belongs to no unit.
+    two units, the gradients of one, what belongs to no unit, and experts that are spread: these
+    stay until their backward pass.
     """
     found = use_of_whole_step(job)
     if job.parallel.data != "fsdp2":
         return found
-    ((usage),) = found
+    (usage,) = found
     changes = {"data": "zero1", "dp_replicate": 1}
     (like,) = use_of_whole_step(replace(job, parallel=job.parallel.model_copy(update=changes)))
-    sizes = {name: _size(decoder.layers[name]) for name in decoder.program.layers}
+    layers, config = decoder.program.layers, job.parallel
+    sizes = {name: _gathered_size(decoder.layers[name], config) for name in layers}
     units = [
         sum(sizes[name] for name in {visit.layer for unit in units for visit in unit.visits})
         for units in loops_of(decoder.program)
     ]
-    outside = _size(decoder) - sum(sizes.values())
-    gathered = (3 * max(units) + 2 * outside) // job.parallel.tp
-    activations = like.passes.activations + gathered
+    outside = _gathered_size(decoder, config) - sum(sizes.values())
+    staying = _expert_size(decoder, config) if config.ep * config.etp > 1 else 0
+    activations = like.passes.activations + 3 * max(units) + 2 * outside + staying
     passes = replace(usage.passes, gradients=usage.gradients, activations=activations)
     update = replace(usage.update, activations=0)
     return [replace(usage, passes=passes, update=update)]
 
 
-def _size(module: Any) -> int:
+def _gathered_size(module: nn.Module, config: ParallelConfig) -> int:
+    """Bytes that a process holds of a module whose parameters are gathered."""
+    experts = _expert_size(module, ParallelConfig())
+    return (_size(module) - experts) // config.tp + _expert_size(module, config)
+
+
+def _expert_size(module: nn.Module, config: ParallelConfig) -> int:
+    """The same of its experts."""
+    experts = sum(_size(m) for m in module.modules() if isinstance(m, DispatchedExperts))
+    return experts // (config.ep * config.etp)
+
+
+def _size(module: nn.Module) -> int:
     """Bytes of parameters."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
@@ -238,6 +264,8 @@ def _headroom(job: Job, decoder: Decoder) -> int:
         numbers = STREAMS_PER_ROW * job.model.hidden_size + WIDTHS_PER_ROW * width // config.etp
         kept.append(dispatched / shares * numbers * element)
     alive = max(kept, default=0.0) if job.recompute == "full" else sum(kept)
+    if config.rp > 1 and config.ring.recompute:  # one visit to a slice at a time
+        alive = min(alive, sum(kept) / (config.rp * job.model.depth.num_recursions))
     return round((IMBALANCE - 1) * alive)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,10 @@ from moebius.parallel.planner.device import DeviceProfile, Link
 
 HIDDEN = ("send", "header")
 """messages between stages and slices travel while others are computed"""
+EXPERT_SHARD = "expert_shard"
+"""among which FSDP2 shares out experts that are spread: an axis of its own, for it hides"""
+RINGS = ("all_reduce", "reduce_scatter", "all_gather")
+"""collectives whose processes pass data on in a ring"""
 
 
 @dataclass(frozen=True)
@@ -35,22 +40,44 @@ def exchanges(traffic: Traffic, mesh: Mesh, device: DeviceProfile) -> list[Excha
     groups = groups_of(mesh, device.devices_per_node)
     found = []
     for (axis, operation), sent in traffic.sent.items():
-        size, across = groups[axis]
+        reach = groups[axis]
         calls = traffic.calls[axis, operation]
-        link = device.network if across else device.node
         found.append(
             Exchange(
                 axis,
                 operation,
-                size,
+                reach.size,
                 calls,
                 sent,
-                across,
-                seconds(operation, sent, calls, size, link),
-                operation in HIDDEN or axis == "shard",
+                reach.leaves_node,
+                seconds(operation, sent, calls, reach.size, link_of(reach, operation, device)),
+                operation in HIDDEN or axis in ("shard", EXPERT_SHARD),
             )
         )
     return sorted(found, key=lambda exchange: -exchange.seconds)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where the processes of a group are."""
+
+    size: int
+    leaves_node: bool
+    per_node: int
+    """processes on the node with fewest"""
+
+
+def link_of(reach: Reach, operation: str, device: DeviceProfile) -> Link:
+    """What a process of a group has to itself.
+
+    Rings go through all processes of a node before they leave it. So there is one for each process
+    of a node, over that one's share of the network, and all of them together carry the data.
+    """
+    if not reach.leaves_node:
+        return device.node
+    rings = reach.per_node if operation in RINGS else 1
+    bandwidth = min(device.node.bandwidth, rings * device.network.bandwidth)
+    return Link(bandwidth=bandwidth, latency=device.network.latency)
 
 
 def seconds(operation: str, sent: int, calls: int, size: int, link: Link) -> float:
@@ -67,16 +94,22 @@ def seconds(operation: str, sent: int, calls: int, size: int, link: Link) -> flo
     return factor * sent / link.bandwidth + calls * link.latency
 
 
-def groups_of(mesh: Mesh, devices_per_node: int) -> Mapping[str, tuple[int, bool]]:
-    """By the axis that traffic is counted under: the size of the largest group, and whether one of
-    them, of this process, leaves its node."""
-    found: dict[str, tuple[int, bool]] = {}
+def groups_of(mesh: Mesh, devices_per_node: int) -> Mapping[str, Reach]:
+    """By the axis that traffic is counted under; of several groups of this process the worst of
+    each number."""
+    found: dict[str, Reach] = {}
     for group in _all_groups(mesh):
-        nodes = {rank // devices_per_node for rank in group.ranks}
-        size, across = found.get(group.axis, (1, False))
-        found[group.axis] = max(size, group.size), across or len(nodes) > 1
+        nodes = Counter(rank // devices_per_node for rank in group.ranks)
+        fewest = min(nodes.values())
+        seen = found.get(group.axis, Reach(1, False, fewest))
+        found[group.axis] = Reach(
+            max(seen.size, group.size),
+            seen.leaves_node or len(nodes) > 1,
+            min(seen.per_node, fewest),
+        )
     # Layers that several stages hold add up their gradients among these.
     found["depth"] = found[mesh.depth.axis]
+    found[EXPERT_SHARD] = found[mesh.edp.axis]
     return found
 
 

@@ -20,6 +20,8 @@ COLLECTIVES = {
     "c10d::_reduce_scatter_base_": ("reduce_scatter", 1),
 }
 """what they are called elsewhere, and which argument is what a process gives"""
+PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
+"""products of matrices, and which argument is the first factor"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Memory:
 
 class LiveBytes(TorchDispatchMode):
     """Follows every storage that an operation returns, until it is freed, and counts what is handed
-    to collectives.
+    to collectives and the FLOPs of dense products.
 
     What an operation allocates for itself and frees before it returns is not seen, nor what an
     allocator rounds up or keeps.
@@ -53,7 +55,9 @@ class LiveBytes(TorchDispatchMode):
         self.at_peak: Callable[[], None] = lambda: None
         """called whenever there has never been as much"""
         self.collectives = Traffic()
-        """all of them, whoever called them, under one axis"""
+        """all of them, whoever called them; for an axis the processes of gathers and scatters"""
+        self.flops = 0
+        """of products of matrices"""
         self._sizes: dict[int, int] = {}
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
@@ -68,18 +72,26 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        self._count_collective(func, args)
+        self._count(func, args)
         out = func(*args, **(kwargs or {}))
         self._follow_all(out)
         return out
 
-    def _count_collective(self, func: Any, args: tuple[Any, ...]) -> None:
+    def _count(self, func: Any, args: tuple[Any, ...]) -> None:
+        kind = func.name().partition(".")[0]
+        if kind in PRODUCTS:
+            left, right = args[PRODUCTS[kind] :][:2]
+            self.flops += 2 * left.numel() * right.shape[-1]
         operation = COLLECTIVES.get(func.name())
         if operation is not None:
             name, position = operation
             inputs = args[position] if isinstance(args[position], list) else [args[position]]
             size = sum(t.numel() * t.element_size() for t in inputs)
-            self.collectives.add("all", name, size)
+            count = "all"
+            if name != "all_reduce":
+                whole, part = sorted((args[0].numel(), args[1].numel()), reverse=True)
+                count = str(whole // part) if part else "1"
+            self.collectives.add(count, name, size)
 
     def _follow_all(self, out: Any) -> None:
         for leaf in tree_leaves(out):

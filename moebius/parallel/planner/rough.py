@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from moebius.model.context import Recompute
-from moebius.model.cost import balanced_rows, forward_flops, planned_work
 from moebius.model.decoder import Decoder
 from moebius.model.moe.experts import DispatchedExperts
 from moebius.model.moe.layer import MoE
 from moebius.model.program import FINAL_STEP
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.planner.device import DeviceProfile
+from moebius.parallel.planner.flops import flops_of
 from moebius.parallel.planner.idle import idle_share
+from moebius.parallel.planner.links import Reach, link_of
 from moebius.parallel.planner.simulate import Job, simulate
 from moebius.parallel.planner.whole_step import Shape
 
@@ -49,9 +50,6 @@ class Pricing:
         self.sizes = sum(p.numel() for p in self.decoder.parameters())
         pools = [m for m in self.decoder.modules() if isinstance(m, DispatchedExperts)]
         self.of_experts = sum(p.numel() for pool in pools for p in pool.parameters())
-        work = planned_work(self.decoder, job.rows, job.row_length)
-        rows = balanced_rows(self.decoder, work)
-        self.forward = forward_flops(self.decoder, work, rows)
         self.row_bytes = self._activations()
         self.element = 4 if job.autocast is None else 2
         shares = [
@@ -69,6 +67,8 @@ class Pricing:
         )
         """of a token in all visits"""
         self.waits: dict[tuple[str, int], float] = {}
+        self.flops: dict[tuple[Recompute, bool], float] = {}
+        """by what is computed again, and whether on a ring"""
 
     def _activations(self) -> Mapping[Recompute, float]:
         """Bytes of a row by what is computed again, on one process."""
@@ -90,19 +90,20 @@ class Pricing:
         """Of a layout that is legal."""
         return Price(self._memory(job), self._seconds(job))
 
-    def _held(self, job: Job) -> tuple[float, float]:
-        """Parameters of a process, and how many it updates."""
+    def _held(self, job: Job) -> tuple[float, float, float]:
+        """Parameters of a process, of experts and others, and how many it updates."""
         config, size = job.parallel, job.world_size
         depth = config.pp * config.rp
         dense = (self.sizes - self.of_experts) / (depth * config.tp)
         experts = self.of_experts / (depth * config.ep * config.etp)
         stage = size // depth
         updated = dense / (stage / config.tp) + experts / (stage / (config.ep * config.etp))
-        return dense + experts, updated
+        return experts, dense, updated
 
     def _memory(self, job: Job) -> float:
         config = job.parallel
-        held, updated = self._held(job)
+        experts, dense, updated = self._held(job)
+        held = experts + dense
         sequence = config.tp if config.sequence_parallel else 1
         alive = LIVE_ON_RING if config.rp > 1 else 1.0
         activations = self.row_bytes[job.recompute] * job.micro_batch_size * alive
@@ -115,8 +116,11 @@ class Pricing:
     def _seconds(self, job: Job) -> float:
         device, config = self.device, job.parallel
         peak = device.flops_fp32 if job.autocast is None else device.flops_bf16
-        again = self.forward if job.recompute == "full" else 0
-        compute = (3 * self.forward + again) / job.world_size / (peak * device.efficiency)
+        kind = (job.recompute, config.rp > 1)
+        if kind not in self.flops:
+            flops = flops_of(job, self.decoder)
+            self.flops[kind] = flops.model + flops.again
+        compute = self.flops[kind] / job.world_size / (peak * device.efficiency)
         key = (f"{config.pp} {config.rp} {config.ring.merge}", Shape.of(job).micro_batches)
         if key not in self.waits:
             self.waits[key] = idle_share(job, self.decoder)
@@ -133,10 +137,16 @@ class Pricing:
         if ep > 1 and self.visits:
             travels = min(self.assignments, self.visits * (config.ep - 1))
             time += 4 * stream * travels / of_experts
-        held, _ = self._held(job)
-        across = job.world_size > device.devices_per_node
-        of_data = device.network.bandwidth if across else near
+        experts, dense, _ = self._held(job)
+        once = ELEMENT * (experts / self._rate(job, ep) + dense / self._rate(job, config.tp))
         if config.data == "fsdp2":
-            gathered = 3 * ELEMENT * held * Shape.of(job).micro_batches / of_data
-            return time + max(0.0, gathered - compute)
-        return time + 2 * ELEMENT * held / of_data
+            return time + max(0.0, 3 * once * Shape.of(job).micro_batches - compute)
+        return time + 2 * once
+
+    def _rate(self, job: Job, inner: int) -> float:
+        """Bytes per second of a process in gathers among those that hold the same, which `inner`
+        processes side by side share out."""
+        per_node, stage = self.device.devices_per_node, job.world_size // job.parallel.pp
+        stage //= job.parallel.rp
+        reach = Reach(stage // inner, stage > per_node, max(1, per_node // inner))
+        return link_of(reach, "all_gather", self.device).bandwidth

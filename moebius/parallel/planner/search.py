@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
+from moebius.config import Problem
 from moebius.errors import LayoutError
 from moebius.model.context import Recompute
 from moebius.parallel.config import ParallelConfig
@@ -49,12 +50,17 @@ class Found:
     """reasons, and how many layouts each has refused"""
 
 
-def search(job: Job, device: DeviceProfile) -> Found:
-    """Rank the layouts of `job.world_size` devices; what `job.parallel` says of axes is ignored.
+def search(
+    job: Job,
+    device: DeviceProfile,
+    more: Callable[[ParallelConfig], Iterable[Problem]] = lambda config: (),
+) -> Found:
+    """Rank the layouts of `job.world_size` devices; of axes `job.parallel` only says `etp`.
 
-    Raises LayoutError where none is legal.
+    `more` finds what speaks against a layout besides the rules of layouts. Raises LayoutError where
+    none is legal.
     """
-    found, rules, legal = Found(), _Rules(), []
+    found, rules, legal = Found(), _Rules(more), []
     for wanted in _layouts(job, device):
         reason = rules.refusal(wanted)
         if reason is None:
@@ -104,21 +110,22 @@ def _with_other_axes(candidates: Sequence[Candidate]) -> list[Candidate]:
 def _layouts(job: Job, device: DeviceProfile) -> Iterator[Job]:
     """All combinations of powers of two; whether they are legal is for the rules to say."""
     world = job.world_size
-    depth = job.model.depth
+    depth, etp = job.model.depth, job.parallel.etp
     stages = [n for n in _powers(MOST_STAGES) if world % n == 0]
     rings = stages if depth.num_recursions > 1 else [1]
     sequence = [1, 2, 4, 8] if job.row_length >= LONG_ROW else [1]
     schemes: list[tuple[str, Recompute]] = list(product(("zero1", "fsdp2"), RECOMPUTES))
-    sizes = sorted({job.micro_batch_size, max(1, job.micro_batch_size // 4), 1}, reverse=True)
+    largest = job.micro_batch_size
+    sizes = [n for n in (largest, largest // 4, 1) if n and job.rows % n == 0]
     for tp, pp, rp, cp, ep in product(
         _powers(device.devices_per_node), stages, rings, sequence, _powers(64)
     ):
-        if (pp > 1 and rp > 1) or world % (tp * pp * rp * cp) or world // (pp * rp) % ep:
+        if (pp > 1 and rp > 1) or world % (tp * pp * rp * cp) or world // (pp * rp) % (ep * etp):
             continue
         options: Mapping[str, Any] = {"tp": tp, "pp": pp, "rp": rp, "cp": cp, "ep": ep}
         for data, recompute in schemes:
             config = job.parallel.model_copy(update={**options, "data": data, "dp_replicate": 1})
-            for size in sizes:
+            for size in dict.fromkeys(sizes):
                 yield replace(job, parallel=config, recompute=recompute, micro_batch_size=size)
 
 
@@ -129,14 +136,16 @@ def _powers(limit: int) -> list[int]:
 class _Rules:
     """What speaks against layouts; every question is asked once."""
 
-    def __init__(self) -> None:
+    def __init__(self, more: Callable[[ParallelConfig], Iterable[Problem]]) -> None:
+        self.more = more
         self.known: dict[object, str | None] = {}
 
     def refusal(self, job: Job) -> str | None:
         """Why a layout is none."""
         config, shape = job.parallel, Shape.of(job)
         if config not in self.known:
-            problems = layout_problems(Asked(job.model, config, job.row_length))
+            rules = layout_problems(Asked(job.model, config, job.row_length))
+            problems = chain(rules, self.more(config))
             self.known[config] = next((f"{path}: {message}" for path, message in problems), None)
         if self.known[config] is not None:
             return self.known[config]
@@ -165,4 +174,6 @@ def why_it_loses(candidate: Candidate, best: Candidate, device: DeviceProfile) -
     reference = best.price.seconds if plan is None or winner is None else winner.step_seconds
     if memory > ROOM * device.memory:
         return f"does not fit: {memory / 1e9:,.0f} GB of {ROOM * device.memory / 1e9:,.0f}"
+    if seconds < CLOSE * reference:
+        return "no faster, and less simple"
     return f"slower: {seconds / reference:.2f} times the time"

@@ -43,7 +43,7 @@ class Shapes(LiveBytes):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        self._count_collective(func, args)
+        self._count(func, args)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(isinstance(tensor, FakeTensor) for tensor in inputs):
             out = self._shaped(func, args, kwargs)

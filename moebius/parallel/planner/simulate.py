@@ -29,6 +29,7 @@ from moebius.parallel.engine import MakeOptimizer
 from moebius.parallel.layout import Layout
 from moebius.parallel.ledger import merge_results
 from moebius.parallel.mesh import Axes, Mesh, partition
+from moebius.parallel.planner.links import EXPERT_SHARD, groups_of
 from moebius.parallel.planner.live import (
     LiveBytes,
     Memory,
@@ -75,6 +76,8 @@ class Usage:
     """sent in forward and backward passes, by each micro-batch alike"""
     of_update: Traffic
     """sent once in a step"""
+    update_flops: int
+    """of products of the optimizer: Muon's"""
 
     @property
     def traffic(self) -> Traffic:
@@ -147,10 +150,17 @@ def use_of_step(job: Job, layout: Layout, live: LiveBytes) -> Usage:
     of_passes = _taken(job, layout, live)
     merge_results(result, layout.mesh)
     peak.begin()
+    before = live.flops
     engine.step(1.0)
-    of_update = _taken(job, layout, live)
     return Usage(
-        layout.mesh.rank, len(batches), passes, peak.memory, gradients, of_passes, of_update
+        rank=layout.mesh.rank,
+        micro_batches=len(batches),
+        passes=passes,
+        update=peak.memory,
+        gradients=gradients,
+        of_passes=of_passes,
+        of_update=_taken(job, layout, live),
+        update_flops=live.flops - before,
     )
 
 
@@ -158,20 +168,27 @@ def _taken(job: Job, layout: Layout, live: LiveBytes) -> Traffic:
     """What has been sent since the last time."""
     traffic, every = layout.mesh.traffic.take(), live.collectives.take()
     if job.parallel.data == "fsdp2":
-        _add_those_of_torch(traffic, every)
+        _add_those_of_torch(traffic, every, layout.mesh)
     return traffic
 
 
-def _add_those_of_torch(traffic: Traffic, every: Traffic) -> None:
-    """FSDP2 calls collectives itself: all that were called but ours."""
-    for (_, operation), sent in every.sent.items():
-        calls = every.calls["all", operation]
-        ours = [key for key in traffic.sent if key[1] == operation]
-        own = sent - sum(traffic.sent[key] for key in ours)
+def _add_those_of_torch(traffic: Traffic, every: Traffic, mesh: Mesh) -> None:
+    """FSDP2 calls collectives itself: all that were called but ours, among so many processes."""
+    sizes = {axis: str(reach.size) for axis, reach in groups_of(mesh, mesh.world_size).items()}
+    ours = list(traffic.sent)
+    for (count, operation), sent in every.sent.items():
+        of_kind = [
+            (axis, name)
+            for axis, name in ours
+            if name == operation and count in ("all", sizes[axis])
+        ]
+        own = sent - sum(traffic.sent[key] for key in of_kind)
         if own:
-            key = ("dp_replicate" if operation == "all_reduce" else "shard", operation)
+            axis = "shard" if count == sizes["shard"] else EXPERT_SHARD
+            key = ("dp_replicate" if operation == "all_reduce" else axis, operation)
             traffic.sent[key] = own
-            traffic.calls[key] = calls - sum(traffic.calls[key] for key in ours)
+            calls = every.calls[count, operation]
+            traffic.calls[key] = calls - sum(traffic.calls[key] for key in of_kind)
 
 
 def simulate(job: Job, rank: int = 0) -> list[Usage]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
@@ -18,8 +19,10 @@ from moebius.parallel.planner.simulate import Job
 from moebius.trainer.commands.train import check_processes
 from moebius.trainer.config import RunConfig
 from moebius.trainer.config_file import load_config
-from moebius.trainer.planning import job_of
+from moebius.trainer.planning import check_plannable, job_of, layout_problems
 
+AXES = ("dp_replicate", "tp", "cp", "pp", "rp", "ep", "etp")
+"""that options of a layout name where they are longer than 1"""
 SHOWN_LOSERS = 12
 """layouts that lose, in the table of a search"""
 
@@ -49,10 +52,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     gpus = arguments.gpus if arguments.gpus is not None else device.devices_per_node
     if gpus < 1:
         raise ConfigError(f"--gpus: {gpus}; allowed: 1 or more")
-    if config.parallel.engine == "deepspeed":
-        raise LayoutError(
-            "parallel.engine: deepspeed is not simulated", "plan with parallel.engine=native"
-        )
+    check_plannable(config)
     if arguments.search:
         return _search(config, device, gpus, console)
     check_processes(config, gpus)
@@ -93,15 +93,14 @@ def show(plan: Plan, console: Console) -> None:
 
 def memory_rows(plan: Plan) -> list[tuple[str, int]]:
     """Bytes by kind; they add up to the last."""
-    memory, usage = plan.memory, plan.usage
-    in_update = usage.update.total > usage.passes.total
-    rest = "buffers of the update" if in_update else "activations, messages and buffers"
+    memory = plan.memory
+    rest = "buffers of the update" if plan.is_in_update else "activations, messages and buffers"
     return [
         ("weights", memory.weights),
         ("gradients", memory.gradients),
         ("optimizer", memory.optimizer),
         (rest, memory.activations),
-        ("headroom for uneven experts", plan.headroom),
+        ("headroom for uneven experts", plan.total_bytes - memory.total),
         ("all", plan.total_bytes),
     ]
 
@@ -127,7 +126,8 @@ def _exchange_table(plan: Plan) -> Table:
 
 def _step_rows(plan: Plan) -> list[tuple[str, str]]:
     return [
-        ("FLOPs of the model", f"{plan.flops:.3g}"),
+        ("FLOPs of the model", f"{plan.flops.model:.3g}"),
+        ("FLOPs computed again", f"{plan.flops.again:.3g}"),
         ("computing", f"{plan.compute_seconds:.4g} s"),
         ("waiting for other stages", f"{plan.idle_seconds:.4g} s ({plan.idle_share:.1%} idle)"),
         ("communication that shows", f"{plan.exchange_seconds:.4g} s"),
@@ -155,23 +155,27 @@ def numbers(plan: Plan) -> dict[str, object]:
         "memory_bytes": dict(memory_rows(plan)),
         "fits": plan.fits,
         "exchanges": [asdict(exchange) for exchange in plan.exchanges],
-        "flops": plan.flops,
+        "flops": plan.flops.model,
+        "flops_again": plan.flops.again,
         "idle_share": plan.idle_share,
         "compute_seconds": plan.compute_seconds,
+        "idle_seconds": plan.idle_seconds,
         "exchange_seconds": plan.exchange_seconds,
         "update_seconds": plan.update_seconds,
         "step_seconds": plan.step_seconds,
         "mfu": plan.mfu,
         "tokens_per_day": plan.tokens_per_day,
         "checkpoint_bytes": plan.checkpoint_bytes,
-        "checkpoint_seconds": plan.save_interval,
+        "save_seconds": plan.save_seconds,
+        "save_interval_seconds": plan.save_interval,
         "assumptions": list(plan.assumptions()),
     }
 
 
 def _search(config: RunConfig, device: DeviceProfile, gpus: int, console: Console) -> int:
     began = time.perf_counter()
-    found = search(job_of(config, gpus, device.kind), device)
+    more = partial(layout_problems, config)
+    found = search(job_of(config, gpus, device.kind), device, more)
     table = Table(title=f"layouts of {gpus} x {device.name}, simulated", title_justify="left")
     for column in ("", "options", "GB", "step s", "MFU", "idle"):
         table.add_column(column, justify="left" if column in ("", "options") else "right")
@@ -205,7 +209,7 @@ def _search(config: RunConfig, device: DeviceProfile, gpus: int, console: Consol
 def options_of(job: Job) -> str:
     """A layout as options of the command line."""
     config = job.parallel
-    axes = {axis: getattr(config, axis) for axis in ("tp", "cp", "pp", "rp", "ep", "etp")}
+    axes = {axis: getattr(config, axis) for axis in AXES}
     words = [f"parallel.{axis}={size}" for axis, size in axes.items() if size > 1]
     words.append(f"parallel.data={config.data}")
     words.append(f"train.micro_batch_size={job.micro_batch_size}")
