@@ -93,7 +93,8 @@ def environment(cluster: Cluster) -> dict[str, str]:
 
 def submit(cluster: Cluster, folder: Path, config: Path, *words: str) -> Submitted:
     """`moebius submit`, as a user does it."""
-    result = moebius("submit", config, *words, "--python", sys.executable, env=environment(cluster))
+    python = () if "--python" in words else ("--python", sys.executable)
+    result = moebius("submit", config, *words, *python, env=environment(cluster))
     assert result.returncode == 0, result.stderr
     job = re.match(r"submitted: job (\d+)", result.stdout)
     assert job is not None, result.stdout

@@ -73,6 +73,7 @@ def _settings(job: Job, cluster: ClusterConfig) -> Iterator[str]:
     yield f"max_restarts={cluster.max_restarts}      # of all processes, inside of a stretch"
     yield f"max_requeues={cluster.max_requeues}      # after failures"
     yield f"preflight={int(cluster.preflight) or ''}         # empty: none"
+    yield f"preflight_options=({shlex.join(cluster.preflight_options)})"
     yield f"exclude_bad_nodes={int(cluster.exclude_bad_nodes) or ''}"
     yield f"python=({cluster.container + ' ' if cluster.container else ''}{shlex.quote(python)})"
     yield f"srun_options=({shlex.join(options)})"
