@@ -9,12 +9,12 @@ import pytest
 from moebius.data.audit import compare, read_audit
 from moebius.trainer.checkpoint.storage import LocalStorage
 from tests.cluster.machines import Cluster, until
-from tests.cluster.runs import Submitted, environment, submit
+from tests.cluster.runs import Submitted, command, submit
 from tests.faults.restarts import until_done
-from tests.trainer.helpers import error_line, logged, moebius, write_config
+from tests.trainer.helpers import error_line, logged, write_config
 
 pytestmark = pytest.mark.slow
-STEPS, ROWS = 56, 4
+STEPS, ROWS = 36, 4
 SAME_SPEED = ("--slow-device=0.01", "--slow-link=0.01")
 """of preflights: processes share cores with whatever else runs"""
 ON_TWO = ("--nodes", "2", "--processes-per-node", "1", "--no-preflight")
@@ -146,6 +146,8 @@ def test_an_array_of_a_sweep_and_a_chain(
         )
     assert len(losses[0]) == len(losses[1]) == 3
     assert losses[0] != losses[1]
+    line = error_line(command(cluster, "status", run.folder))
+    assert "holds the runs of a sweep" in line
 
 
 PYTHON = """\
@@ -192,6 +194,17 @@ def test_a_bad_node_is_left_out(cluster: Cluster, run_tree: dict[str, Any], tmp_
     assert run.status()["step"] == 3
 
 
+def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
+    cluster: Cluster, run_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """Stopped before its first step, as where `time` is too short for a start."""
+    config = write_config(tree_in(run_tree, tmp_path / "run"), tmp_path / "run.yaml")
+    words = ("--processes-per-node", "1", "--no-preflight", "--max-requeues", "0")
+    run = submit(cluster, tmp_path / "run", config, "train.time_limit=0.001", *words)
+    run.ends("FAILED")
+    assert "error: it was stopped before it had made a step; not requeued" in run.log
+
+
 def test_nodes_that_cannot_be_found(
     cluster: Cluster, run_tree: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -221,7 +234,7 @@ def test_what_slurm_refuses_is_one_line(
     options = [word for word in words if "." not in word]
     if "--gpus-per-node" not in options:
         options += ["--processes-per-node", "1"]
-    result = moebius("submit", config, *overrides, *options, env=environment(cluster))
+    result = command(cluster, "submit", config, *overrides, *options)
     assert result.returncode == 7, result.stderr
     assert expected in error_line(result).lower()
     assert not (tmp_path / "run").exists()

@@ -274,7 +274,12 @@ def test_a_node_that_does_not_see_the_folder_is_named(
         if rank == 1:
             mount("-t", "tmpfs", "tmpfs", shared)
 
-    done = launch(run_tree | {"run_dir": str(shared / "run")}, tmp_path, *SAME_SPEED, before=hide)
+    # Checkpoints elsewhere: both places would be waited for.
+    tree = run_tree | {
+        "run_dir": str(shared / "run"),
+        "checkpoint": {"dir": str(tmp_path / "saved")},
+    }
+    done = launch(tree, tmp_path, *SAME_SPEED, before=hide)
     assert done.exit_codes == [7, 7], done.output
     assert f"rank 1 on node n1: run_dir: '{shared}/run': a file of rank 0 is not seen" in done.error
     assert done.bad_nodes == ["n1"]
