@@ -166,14 +166,8 @@ class Cluster:
             self.call("scancel", "--full", "--user", str(os.getuid()))
             until(lambda: not self.call("squeue", "-h"), 15, "jobs stay")
         for path in self.folder.glob("*.pid"):
-            pid = self.pid(path)
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-                end = time.monotonic() + 10
-                while Path(f"/proc/{pid}").exists():
-                    if time.monotonic() > end:
-                        os.kill(pid, signal.SIGKILL)
-                    time.sleep(0.05)
+                os.kill(self.pid(path), signal.SIGKILL)
         for pid in processes_with(f"SLURM_CONF={self.folder}/slurm.conf", self.folder):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -184,6 +184,13 @@ def test_times_in_files_are_text(tmp_path: Path) -> None:
         ("", "--processes-per-node 1 --sweep train.sed=1,2", 2, "did you mean seed?"),
         ("", "--processes-per-node 1 --sweep run_dir=a,b", 2, "run_dir cannot be swept"),
         ("", "--processes-per-node 1 --preflight-option=60", 2, "preflight_options.0: string"),
+        (
+            "",
+            "--processes-per-node 1 --setup 'if true; then'",
+            2,
+            "setup or container: bash cannot",
+        ),
+        ("", "--processes-per-node 1 --container 'a (b'", 2, "setup or container: bash cannot"),
         ("", "--processes-per-node 5", 5, "there are 5 data-parallel processes"),
         ("", "--nodes 3 --processes-per-node 1 --print", 0, ""),
         ("", "--nodes 3 --processes-per-node 2", 5, "there are 6 data-parallel processes"),

@@ -10,7 +10,7 @@ from rich.console import Console
 from moebius.errors import ConfigError
 from moebius.trainer.cluster import client
 from moebius.trainer.cluster.config import ClusterConfig, load_cluster
-from moebius.trainer.cluster.script import Job, render
+from moebius.trainer.cluster.script import Job, check_syntax, render
 from moebius.trainer.cluster.submission import SCRIPT, check_plain, next_folder, note_jobs, write
 from moebius.trainer.commands.arguments import whole
 from moebius.trainer.commands.train import check_processes
@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         check_folder(config)
     job = job_of(base, len(configs) if arguments.sweep else 0)
     script = render(job, cluster)
+    check_syntax(script)
     if arguments.print:
         console.file.write(script)
         return 0
