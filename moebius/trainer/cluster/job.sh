@@ -64,7 +64,7 @@ requeue_after_failure() {
 # --- signals ---
 # USR1 comes some minutes before the time limit, and with preemption where the site has set it up
 # so: the run is to save and stop. TERM comes with scancel, at the very end, and where SLURM itself
-# requeues the job: there is nothing to do here but to wait for the training.
+# requeues the job; the training gets it, too.
 # The file is for a training that is just being started and does not listen to signals yet.
 step= asked= cancelled= over= signalled=
 on_usr1() {
@@ -76,7 +76,7 @@ on_usr1() {
 on_term() {
     cancelled=1 signalled=1
     say "TERM: SLURM is ending the job"
-    # A job that is out of time SLURM never requeues. The training may still be saving: wait for it.
+    # SLURM never requeues a job that is out of time. The training may still be saving: go on waiting.
     if [ -z "$over" ] && job_fact Reason | grep -qx TimeLimit; then
         over=1
         if count_failure "its time was over before it had saved"; then
