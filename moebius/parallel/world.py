@@ -59,17 +59,12 @@ def joined(device: torch.device, timeout: float) -> Iterator[Store | None]:
     Every attempt of a launcher gets a store, or a part of one, of its own: addresses of processes
     that have died would otherwise be tried again.
     """
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]
-    if world_size() == 1 and missing:
+    if world_size() == 1 and _missing():
         yield None
         return
-    if missing:
-        raise LayoutError(
-            f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} is not set",
-            "start the processes with torchrun",
-        )
+    check_launch()
     shared, number, size = next(rendezvous("env://"))
-    store = PrefixStore(_attempt(), shared)
+    store = PrefixStore(attempt_name(), shared)
     check_alike("device", {"train.device": device.type}, store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
@@ -85,7 +80,20 @@ def joined(device: torch.device, timeout: float) -> Iterator[Store | None]:
         dist.destroy_process_group()
 
 
-def _attempt() -> str:
+def _missing() -> list[str]:
+    return [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]
+
+
+def check_launch() -> None:
+    """Raise LayoutError where processes were started that cannot find each other."""
+    if missing := _missing():
+        raise LayoutError(
+            f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} is not set",
+            "start the processes with torchrun",
+        )
+
+
+def attempt_name() -> str:
     """A name that all processes of an attempt agree on, and that no other attempt has in a store.
 
     The agents of torchrun count restarts each for itself, and only of those they began. Where each

@@ -14,7 +14,7 @@ from moebius.trainer.callbacks.events import FILE_NAME as EVENTS
 from moebius.trainer.checkpoint.loader import open_checkpoint
 from moebius.trainer.checkpoint.storage import open_storage
 from moebius.trainer.cluster import client
-from moebius.trainer.cluster.submission import jobs_of
+from moebius.trainer.cluster.submission import is_sweep, jobs_of
 from moebius.trainer.config_file import load_config
 from moebius.trainer.folder import CONFIG_NAME, is_locked
 from moebius.trainer.recovery.goodput import FILE_NAME as TIMES
@@ -56,6 +56,10 @@ def look(folder: Path, num_events: int) -> Overview:
     config_path = folder / CONFIG_NAME
     if not (jobs or standing or config_path.is_file()):
         raise CheckpointError(f"'{folder}' is no run folder: it has no {CONFIG_NAME}")
+    if is_sweep(folder) and not config_path.is_file():
+        raise CheckpointError(
+            f"'{folder}' holds the runs of a sweep, and is none itself", f"look at '{folder / '0'}'"
+        )
     attempts = read_accounts(folder / TIMES)
     state, reason = state_of(standing, jobs, is_locked(folder))
     step = attempts[-1].accounts[-1].step if attempts else 0

@@ -4,14 +4,20 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from moebius.trainer.cli import main
 from moebius.trainer.recovery.faults import VARIABLE
 from tests.cluster.machines import Cluster, processes_with, until
-from tests.trainer.helpers import REPOSITORY, moebius
+from tests.trainer.helpers import REPOSITORY
 
 STARTS, REQUEUES = 120.0, 60.0
 """seconds that two processes may take to import everything, and a job to end"""
@@ -75,7 +81,7 @@ class Submitted:
         return pid
 
     def status(self) -> dict[str, Any]:
-        result = moebius("status", self.folder, "--json", env=environment(self.cluster))
+        result = command(self.cluster, "status", self.folder, "--json")
         assert result.returncode == 0, result.stderr
         found: dict[str, Any] = json.loads(result.stdout)
         return found
@@ -91,9 +97,23 @@ def environment(cluster: Cluster) -> dict[str, str]:
     return kept | own | cluster.environment
 
 
+def command(cluster: Cluster, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """`moebius` in this process, which need not import everything again."""
+    out, err = StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        wanted = environment(cluster)
+        for name in os.environ.keys() - wanted.keys():
+            patch.delenv(name)
+        for name, value in wanted.items():
+            patch.setenv(name, value)
+        code = main([str(word) for word in words])
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
 def submit(cluster: Cluster, folder: Path, config: Path, *words: str) -> Submitted:
     """`moebius submit`, as a user does it."""
-    result = moebius("submit", config, *words, "--python", sys.executable, env=environment(cluster))
+    python = () if "--python" in words else ("--python", sys.executable)
+    result = command(cluster, "submit", config, *words, *python)
     assert result.returncode == 0, result.stderr
     job = re.match(r"submitted: job (\d+)", result.stdout)
     assert job is not None, result.stdout

@@ -1,5 +1,6 @@
 """A real controller and three node daemons: submitted, preempted, killed, lost, requeued, equal."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import pytest
 from moebius.data.audit import compare, read_audit
 from moebius.trainer.checkpoint.storage import LocalStorage
 from tests.cluster.machines import Cluster, until
-from tests.cluster.runs import Submitted, environment, submit
+from tests.cluster.runs import Submitted, command, submit
 from tests.faults.restarts import until_done
-from tests.trainer.helpers import error_line, logged, moebius, write_config
+from tests.trainer.helpers import error_line, logged, write_config
 
 pytestmark = pytest.mark.slow
-STEPS, ROWS = 56, 4
+STEPS, ROWS = 36, 4
+SAME_SPEED = ("--slow-device=0.01", "--slow-link=0.01")
+"""of preflights: processes share cores with whatever else runs"""
 ON_TWO = ("--nodes", "2", "--processes-per-node", "1", "--no-preflight")
 
 
@@ -57,10 +60,12 @@ def test_preempted_killed_and_nodes_lost_without_a_trace(
     assert cluster.facts(run.job)["Restarts"] == "1", "the job has gone on"
     run.reaches(LocalStorage(folder / "checkpoints").steps()[-1] + 3)
     cluster.lose("n2")
+    run.logs("to be requeued: the training failed or lost a node")
+    # What SLURM finds out later; it does so itself with the other node, below.
+    cluster.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
     run.requeued(2)
     run.logs("continuing after step", 3)
     assert cluster.facts(run.job)["NodeList"] == "n[1,3]"
-    assert "to be requeued: the training failed or lost a node" in run.log
     cluster.start_node("n2")
     run.reaches(LocalStorage(folder / "checkpoints").steps()[-1] + 3)
     cluster.lose("n1", silently=True)  # the shell of the job with it: here SLURM has to requeue
@@ -143,38 +148,63 @@ def test_an_array_of_a_sweep_and_a_chain(
         )
     assert len(losses[0]) == len(losses[1]) == 3
     assert losses[0] != losses[1]
+    line = error_line(command(cluster, "status", run.folder))
+    assert "holds the runs of a sweep" in line
 
 
-PYTHON_WITH_BAD_NODES = """\
+PYTHON = """\
 #!/usr/bin/env bash
-# Says that all nodes but the last one are bad.
-[ "$SLURMD_NODENAME" = n3 ] || echo "$SLURMD_NODENAME" >> "$run/preflight-bad-nodes"
-exit 1
+# On one node no file can be larger than a megabyte.
+if [ "$SLURMD_NODENAME" = n3 ]; then ulimit -f 1024; fi
+exec {python} "$@"
 """
 
 
-def test_bad_nodes_are_left_out(cluster: Cluster, run_tree: dict[str, Any], tmp_path: Path) -> None:
-    """What a preflight does is tested elsewhere; here, what the script does with its findings."""
+def test_a_bad_node_is_left_out(cluster: Cluster, run_tree: dict[str, Any], tmp_path: Path) -> None:
+    """The preflight names it, which ends a job, or has it go on elsewhere, if that is wanted."""
     folder = tmp_path / "run"
-    config = write_config(tree_in(run_tree, folder), tmp_path / "run.yaml")
+    tree = tree_in(run_tree, folder)
+    tree["train"] |= {"num_steps": 3}
+    config = write_config(tree, tmp_path / "run.yaml")
     program = tmp_path / "python"
-    program.write_text(PYTHON_WITH_BAD_NODES)
+    program.write_text(PYTHON.format(python=sys.executable))
     program.chmod(0o755)
-    words = ["submit", config, "--processes-per-node", "1", "--python", program]
-    words += ["--setup", f"export run={folder}", "--exclude-bad-nodes", "--max-requeues", "2"]
-    result = moebius(*words, env=environment(cluster))
-    assert result.returncode == 0, result.stderr
-    run = Submitted(cluster, folder, result.stdout.split()[2])
-    run.requeued(1)
-    run.requeued(2)
+    words = ["--nodes", "2", "--processes-per-node", "1", "--python", str(program)]
+    words += [f"--preflight-option={option}" for option in SAME_SPEED]
+    words += ["--option=--exclude=n1"]
+    run = submit(cluster, folder, config, *words)
     run.ends("FAILED")
-    assert [line for line in run.log.splitlines() if "from now on excluded" in line]
-    assert sorted(cluster.facts(run.job)["ExcNodeList"].split(",")) == ["n1", "n2"]
-    assert cluster.facts(run.job)["NodeList"] == "n3"
+    said = f"error: preflight: rank 1 on node n3: checkpoint.dir: '{folder}/checkpoints': File too "
+    assert run.log.count(said) == 1, run.log
     assert run.log.splitlines()[-1].endswith(
-        f"error: the preflight failed; see {folder}/preflight.json"
+        f"error: the preflight failed, bad nodes: n3; see {folder}/preflight.json"
     )
-    assert len((folder / "submissions" / "1" / f"failures-{run.job}").read_text().splitlines()) == 2
+    assert not (folder / "standing.json").exists()
+
+    run = submit(cluster, folder, config, *words, "--exclude-bad-nodes", "--max-requeues", "1")
+    until(
+        lambda: run.state == "PENDING" and "from now on excluded" in run.log, 120, lambda: run.log
+    )
+    excluded = cluster.facts(run.job)["ExcNodeList"].split(",")
+    assert sorted(excluded) == ["n1", "n3"], "with the one that a person excluded"
+    assert len((folder / "submissions" / "2" / f"failures-{run.job}").read_text().splitlines()) == 1
+    cluster.call("scontrol", "update", f"JobId={run.job}", "ExcNodeList=n3")
+    run.requeued(1)
+    run.ends("COMPLETED")
+    assert cluster.facts(run.job)["NodeList"] == "n[1-2]"
+    assert "preflight passed: 2 processes in " in run.log
+    assert run.status()["step"] == 3
+
+
+def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
+    cluster: Cluster, run_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """Stopped before its first step, as where `time` is too short for a start."""
+    config = write_config(tree_in(run_tree, tmp_path / "run"), tmp_path / "run.yaml")
+    words = ("--processes-per-node", "1", "--no-preflight", "--max-requeues", "0")
+    run = submit(cluster, tmp_path / "run", config, "train.time_limit=0.001", *words)
+    run.ends("FAILED")
+    assert "error: it was stopped before it had made a step; not requeued" in run.log
 
 
 def test_nodes_that_cannot_be_found(
@@ -206,7 +236,7 @@ def test_what_slurm_refuses_is_one_line(
     options = [word for word in words if "." not in word]
     if "--gpus-per-node" not in options:
         options += ["--processes-per-node", "1"]
-    result = moebius("submit", config, *overrides, *options, env=environment(cluster))
+    result = command(cluster, "submit", config, *overrides, *options)
     assert result.returncode == 7, result.stderr
     assert expected in error_line(result).lower()
     assert not (tmp_path / "run").exists()

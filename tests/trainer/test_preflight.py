@@ -233,8 +233,9 @@ def test_another_copy_of_the_package_is_named(run_tree: dict[str, Any], tmp_path
 def test_other_settings_are_named(run_tree: dict[str, Any], tmp_path: Path) -> None:
     done = launch(run_tree, tmp_path, own_words=lambda rank: ["optim.lr=0.5"] if rank == 1 else [])
     assert done.exit_codes == [7, 7]
-    expected = "rank 1 on node n1: optim.lr 0.5; expected: 0.01, as most have"
+    expected = "rank 1 on node n1: optim.lr 0.5; expected: 0.01, as others have"
     assert done.error.startswith(f"error: preflight: {expected}")
+    assert done.bad_nodes == []
 
 
 def test_a_mistake_in_the_run_file_is_no_matter_of_nodes(
@@ -273,7 +274,12 @@ def test_a_node_that_does_not_see_the_folder_is_named(
         if rank == 1:
             mount("-t", "tmpfs", "tmpfs", shared)
 
-    done = launch(run_tree | {"run_dir": str(shared / "run")}, tmp_path, *SAME_SPEED, before=hide)
+    # Checkpoints elsewhere: both places would be waited for.
+    tree = run_tree | {
+        "run_dir": str(shared / "run"),
+        "checkpoint": {"dir": str(tmp_path / "saved")},
+    }
+    done = launch(tree, tmp_path, *SAME_SPEED, before=hide)
     assert done.exit_codes == [7, 7], done.output
     assert f"rank 1 on node n1: run_dir: '{shared}/run': a file of rank 0 is not seen" in done.error
     assert done.bad_nodes == ["n1"]
@@ -363,6 +369,9 @@ def test_versions_are_judged_by_the_majority() -> None:
     assert (finding.node, "triton 3; expected: none" in finding.text) == ("n2", True)
     (finding,) = versions({"driver": "550"}, {"driver": "550"}, {"driver": "535"})
     assert finding.kind == "warning"
+    (finding,) = versions({"torch": "1"}, {"torch": "2"})
+    assert (finding.kind, finding.node) == ("error", None), "it may be the first one's that is bad"
+    assert "rank 1 on node n1: torch 2; expected: 1, as others have" in finding.line
 
 
 @pytest.mark.parametrize(

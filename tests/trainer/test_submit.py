@@ -1,5 +1,6 @@
 """moebius submit without a SLURM: the script, what it is made from, and what is refused."""
 
+import argparse
 import os
 import re
 import shlex
@@ -14,7 +15,15 @@ from moebius.trainer.cli import main
 from moebius.trainer.cluster.client import reason
 from moebius.trainer.cluster.config import load_cluster
 from moebius.trainer.cluster.script import Job, render
-from moebius.trainer.cluster.submission import jobs_of, next_folder, note_jobs, write
+from moebius.trainer.cluster.submission import (
+    SECRET,
+    VARIABLES,
+    jobs_of,
+    next_folder,
+    note_jobs,
+    write,
+)
+from moebius.trainer.commands.submit import add_arguments, members
 from moebius.trainer.config import RunConfig
 from moebius.trainer.config_file import load_config
 from tests.trainer.helpers import REPOSITORY, write_config
@@ -69,6 +78,7 @@ def test_flags_go_over_the_file(
     words += ["--cluster", file, "--nodes", "2", "--time", "2-12:00:00", "--lead", "120"]
     words += ["--partition", "h100", "--account", "a1", "--qos", "low", "--job-name", "first"]
     words += ["--setup", "module load cuda", "--setup", "ulimit -n 9000", "--print"]
+    words += ["--preflight-option=--wait=300", "--preflight-option=--save=900"]
     assert main([str(word) for word in words]) == 0
     script = capsys.readouterr().out
     assert_valid(script)
@@ -98,6 +108,7 @@ def test_flags_go_over_the_file(
     assert settings["run"] == run
     assert settings["config"] == f"{run}/submissions/1/config.yaml"
     assert (settings["preflight"], settings["exclude_bad_nodes"]) == ("1", "1")
+    assert settings["preflight_options"] == "--wait=300 --save=900"
     assert settings["NCCL_DEBUG"] == "WARN"
     assert settings["srun_options"] == "--cpus-per-task=96 --gpus-per-node=8"
     assert not Path(run).exists(), "--print leaves nothing"
@@ -118,6 +129,29 @@ def test_processes_replace_gpus_and_containers_come_before_python() -> None:
     assert (settings["preflight"], settings["exclude_bad_nodes"]) == ("", "")
     assert settings["run"] == f"{HERE}/7"
     assert settings["config"] == f"{HERE}/submissions/4/config-7.yaml"
+
+
+def test_members_of_a_sweep_share_no_folder(config_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = [str(config_path), "run_dir=runs/one", "checkpoint.dir=s3://bucket/one"]
+    words += ["--sweep", "train.seed=1,2", "--sweep", "optim.lr=0.1,0.2"]
+    arguments = parser.parse_args(words)
+    found = members(arguments, load_config(arguments.config, arguments.overrides))
+    assert [(config.train.seed, config.optim.lr) for config in found] == [
+        (1, 0.1),
+        (1, 0.2),
+        (2, 0.1),
+        (2, 0.2),
+    ]
+    assert [config.run_dir for config in found] == [f"runs/one/{n}" for n in range(4)]
+    assert [config.checkpoint.dir for config in found] == [f"s3://bucket/one/{n}" for n in range(4)]
+
+
+def test_the_script_and_the_submission_keep_the_same_variables() -> None:
+    script = render(Job(HERE, HERE / "1"), load_cluster(PRESETS[0], {}))
+    assert f"grep -E '^{VARIABLES.pattern}'" in script
+    assert f"grep -viE '^[^=]*({SECRET.pattern})'" in script
 
 
 def test_times_in_files_are_text(tmp_path: Path) -> None:
@@ -148,6 +182,15 @@ def test_times_in_files_are_text(tmp_path: Path) -> None:
         ("", "--processes-per-node 1 --sweep train.seed", 2, "path.to.option=value,value"),
         ("", "--processes-per-node 1 --sweep train.seed=1", 2, "path.to.option=value,value"),
         ("", "--processes-per-node 1 --sweep train.sed=1,2", 2, "did you mean seed?"),
+        ("", "--processes-per-node 1 --sweep run_dir=a,b", 2, "run_dir cannot be swept"),
+        ("", "--processes-per-node 1 --preflight-option=60", 2, "preflight_options.0: string"),
+        (
+            "",
+            "--processes-per-node 1 --setup 'if true; then'",
+            2,
+            "setup or container: bash cannot",
+        ),
+        ("", "--processes-per-node 1 --container 'a (b'", 2, "setup or container: bash cannot"),
         ("", "--processes-per-node 5", 5, "there are 5 data-parallel processes"),
         ("", "--nodes 3 --processes-per-node 1 --print", 0, ""),
         ("", "--nodes 3 --processes-per-node 2", 5, "there are 6 data-parallel processes"),

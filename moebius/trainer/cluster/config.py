@@ -57,9 +57,14 @@ class ClusterConfig(ConfigNode):
     max_restarts: NonNegativeInt = 3
     """of the processes inside of a job, when one of them has died"""
     max_requeues: NonNegativeInt = 3
-    """of a job that has failed or lost a node; one that saved in time is always requeued"""
+    """of a job that has failed, lost a node or made no step; one that gets on and saves in time is
+    always requeued"""
     preflight: bool = True
     """try out the nodes before the training"""
+    preflight_options: Annotated[
+        tuple[Annotated[Word, Field(pattern=r"^--\w")], ...], Field(strict=False)
+    ] = ()
+    """of `moebius preflight`, as `--wait=300` where nodes are slow to load the program"""
     exclude_bad_nodes: bool = False
     """requeue a job whose preflight names bad nodes, without these, up to `max_requeues` times"""
 

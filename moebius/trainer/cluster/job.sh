@@ -18,8 +18,19 @@ standing() {
         "$run/standing.json" 2>/dev/null
 }
 
-# In a shell of its own that SLURM, which is ending this one, does not interrupt.
-exclude() (trap '' TERM; scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1")
+# The step of which it has last told, in this stretch or in an earlier one; 0 before any.
+reached() {
+    number=$(sed -n 's/.*"step": \([0-9][0-9]*\).*/\1/p' "$run/standing.json" 2>/dev/null)
+    echo "${number:-0}"
+}
+
+# A command that SLURM, which may be ending this shell, does not interrupt.
+shielded() (trap '' TERM; "$@")
+
+# What SLURM knows of the job, by a name of `scontrol show job`.
+job_fact() {
+    shielded scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n "s/.* $1=\([^ ]*\).*/\1/p"
+}
 
 requeue() {   # requeue WHY [NODES]: NODES are not to be used again
     say "to be requeued: $1"
@@ -27,7 +38,8 @@ requeue() {   # requeue WHY [NODES]: NODES are not to be used again
     trap 'ended=1' TERM   # with which SLURM now ends this shell
     if scontrol requeue "$SLURM_JOB_ID"; then
         # SLURM takes these of jobs that wait only, and gives this shell some seconds more.
-        [ -z "${2:-}" ] || exclude "$2" || say "error: these nodes could not be excluded: $2"
+        [ -z "${2:-}" ] || shielded scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$2" \
+            || say "error: these nodes could not be excluded: $2"
         for _ in {1..60}; do [ -n "$ended" ] || sleep 1; done
         exit 1
     fi
@@ -35,30 +47,46 @@ requeue() {   # requeue WHY [NODES]: NODES are not to be used again
     exit 1
 }
 
-requeue_after_failure() {   # so often only, for most failures come again
+count_failure() {   # so many only, for most failures come again
     count=$(cat "$failures" 2>/dev/null | wc -l)
     if [ "$count" -ge "$max_requeues" ]; then
         say "error: $1; not requeued: that was done $count times (max_requeues)"
-        exit 1
+        return 1
     fi
     echo "$(date +%FT%T) stretch $restart on $SLURM_JOB_NODELIST: $1" >> "$failures"
+}
+
+requeue_after_failure() {
+    count_failure "$1" || exit 1
     requeue "$1 ($((count + 1)) of $max_requeues)" "${2:-}"
 }
 
 # --- signals ---
 # USR1 comes some minutes before the time limit, and with preemption where the site has set it up
 # so: the run is to save and stop. TERM comes with scancel, at the very end, and where SLURM itself
-# requeues the job: there is nothing to do here but to wait for the training.
+# requeues the job; the training gets it, too.
 # The file is for a training that is just being started and does not listen to signals yet.
-step= asked= cancelled= signalled=
+step= asked= cancelled= over= signalled=
 on_usr1() {
     asked=1 signalled=1
     say "USR1: asking the run to save and stop"
     touch "$stop_file"
     [ -z "$step" ] || kill -USR1 "$step"
 }
+on_term() {
+    cancelled=1 signalled=1
+    say "TERM: SLURM is ending the job"
+    # SLURM never requeues a job that is out of time. The training may still be saving: go on waiting.
+    if [ -z "$over" ] && job_fact Reason | grep -qx TimeLimit; then
+        over=1
+        if count_failure "its time was over before it had saved"; then
+            say "to be requeued: its time was over before it had saved"
+            shielded scontrol requeue "$SLURM_JOB_ID" || say "error: SLURM does not requeue it"
+        fi
+    fi
+}
 trap on_usr1 USR1
-trap 'cancelled=1 signalled=1; say "TERM: SLURM is ending the job"' TERM
+trap on_term TERM
 
 # --- nodes ---
 # The processes meet at the first node; addresses are those by which SLURM itself reaches nodes.
@@ -70,7 +98,7 @@ if [ -z "$address" ]; then
     say "error: scontrol does not know the address of node '$first', where the processes are to meet"
     exit 1
 fi
-port=$((20000 + SLURM_JOB_ID % 20000))
+port=$((20000 + SLURM_JOB_ID % 12000))   # below those that the kernel gives to others
 cpus=$((${SLURM_CPUS_ON_NODE:-$processes} / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > 0 ? cpus : 1))}
 # Without this torchrun gives restarted processes the addresses of those that have died.
@@ -125,12 +153,15 @@ env | grep -E '^(SLURM|NCCL|CUDA|TORCH|OMP|MOEBIUS|UCX|FI|GLOO)_' \
 
 # --- preflight ---
 if [ -n "$preflight" ]; then
-    rm -f "$run/preflight-bad-nodes"
-    start preflight 0 preflight "$config"
+    rm -f "$run/preflight.json" "$run/preflight-bad-nodes"   # of an earlier stretch
+    start preflight 0 preflight "$config" "${preflight_options[@]}"
     if [ "$code" != 0 ] && [ -z "$asked$cancelled" ]; then
+        # As where a node is lost or a step cannot be started: nothing is known of any node.
+        [ -e "$run/preflight.json" ] \
+            || requeue_after_failure "the preflight has ended with code $code and without a report"
         bad=$(sort -u "$run/preflight-bad-nodes" 2>/dev/null | paste -sd, -)
         if [ -n "$bad" ] && [ -n "$exclude_bad_nodes" ]; then
-            excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+            excluded=$(job_fact ExcNodeList)
             [ "$excluded" = "(null)" ] || bad=$bad,$excluded
             requeue_after_failure "the preflight found bad nodes, from now on excluded: $bad" "$bad"
         fi
@@ -141,7 +172,8 @@ fi
 
 # --- training ---
 if [ -n "$cancelled" ]; then exit 143; fi
-if [ -n "$asked" ]; then requeue "asked to stop before the training began"; fi
+if [ -n "$asked" ]; then requeue_after_failure "asked to stop before the training began"; fi
+before=$(reached)
 start train "$max_restarts" train "$config" --stopped-exit-code 0
 read -r state again <<< "$(standing)"
 say "the training has ended with code $code: ${state:-nothing is known of it}"
@@ -152,12 +184,16 @@ if [ "$state" = complete ]; then
     exit 0
 fi
 if [ -n "$cancelled" ]; then
-    say "not requeued by this script; the same command goes on from the last checkpoint"
+    [ -n "$over" ] || say "not requeued by this script; the same command goes on from the last checkpoint"
     exit 143
 fi
 if [ "$again" = false ]; then
     say "not requeued: see $run/standing.json"
     exit $((code > 0 ? code : 75))
 fi
-if [ "$state" = stopped ]; then requeue "it was stopped and has saved"; fi
+if [ "$state" = stopped ]; then
+    if [ "$(reached)" -gt "$before" ]; then requeue "it was stopped and has saved"; fi
+    # A `time` that is too short for a start would give one stretch after the other.
+    requeue_after_failure "it was stopped before it had made a step"
+fi
 requeue_after_failure "the training failed or lost a node (code $code)"

@@ -1,12 +1,15 @@
 """The script of a job, to be read and edited: what is asked for, settings, then `job.sh`."""
 
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from moebius.errors import ConfigError
 from moebius.trainer.cluster.config import ClusterConfig
 
 
@@ -32,6 +35,16 @@ def render(job: Job, cluster: ClusterConfig) -> str:
     ]
     lines += ["", *_settings(job, cluster), ""]
     return "\n".join(lines) + (files(__package__) / "job.sh").read_text()
+
+
+def check_syntax(script: str) -> None:
+    """Raise ConfigError where lines of the user make it something that bash cannot read."""
+    if shutil.which("bash") is None:  # the nodes have one
+        return
+    result = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    if result.returncode:
+        said = result.stderr.splitlines()[0].removeprefix("bash: ")
+        raise ConfigError(f"setup or container: bash cannot read the script: {said}")
 
 
 def sbatch_options(job: Job, cluster: ClusterConfig) -> Iterator[str]:
@@ -73,6 +86,7 @@ def _settings(job: Job, cluster: ClusterConfig) -> Iterator[str]:
     yield f"max_restarts={cluster.max_restarts}      # of all processes, inside of a stretch"
     yield f"max_requeues={cluster.max_requeues}      # after failures"
     yield f"preflight={int(cluster.preflight) or ''}         # empty: none"
+    yield f"preflight_options=({shlex.join(cluster.preflight_options)})"
     yield f"exclude_bad_nodes={int(cluster.exclude_bad_nodes) or ''}"
     yield f"python=({cluster.container + ' ' if cluster.container else ''}{shlex.quote(python)})"
     yield f"srun_options=({shlex.join(options)})"

@@ -72,6 +72,11 @@ def jobs_of(run: Path) -> list[str]:
     return []
 
 
+def is_sweep(run: Path) -> bool:
+    """Whether a folder was given to an array, whose runs are in folders below."""
+    return any((run / FOLDER).glob("*/config-*.yaml"))
+
+
 def environment() -> list[str]:
     """Variables that bear on a run; nothing that is named like a secret."""
     return sorted(

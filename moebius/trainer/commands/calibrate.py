@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     profile = _profile(arguments, device, everyone, node, network)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     profile.write(arguments.out)
-    for line in (*said, *_lines(everyone, node, network)):
+    for line in (*said, *_lines(node, network)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_table(profile, everyone))
     line = f"written: {arguments.out}, for moebius plan CONFIG --device {arguments.out}"
@@ -190,7 +190,7 @@ def _profile(
     )
 
 
-def _lines(everyone: list[Measured], node: Link | None, network: Link | None) -> Iterator[str]:
+def _lines(node: Link | None, network: Link | None) -> Iterator[str]:
     """What could not be measured."""
     if node is None:
         yield (

@@ -10,7 +10,7 @@ from rich.console import Console
 from moebius.errors import ConfigError
 from moebius.trainer.cluster import client
 from moebius.trainer.cluster.config import ClusterConfig, load_cluster
-from moebius.trainer.cluster.script import Job, render
+from moebius.trainer.cluster.script import Job, check_syntax, render
 from moebius.trainer.cluster.submission import SCRIPT, check_plain, next_folder, note_jobs, write
 from moebius.trainer.commands.arguments import whole
 from moebius.trainer.commands.train import check_processes
@@ -59,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-preflight", action="store_false", dest="preflight", default=None, help="skip it"
     )
     parser.add_argument(
+        "--preflight-option",
+        action="append",
+        metavar="--X=Y",
+        help="of moebius preflight, as --wait=300; repeatable",
+    )
+    parser.add_argument(
         "--exclude-bad-nodes",
         action="store_true",
         default=None,
@@ -89,6 +95,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         check_folder(config)
     job = job_of(base, len(configs) if arguments.sweep else 0)
     script = render(job, cluster)
+    check_syntax(script)
     if arguments.print:
         console.file.write(script)
         return 0
@@ -111,26 +118,35 @@ def flags(arguments: argparse.Namespace) -> dict[str, object]:
     """The options of `ClusterConfig` that were given; None for the others."""
     names = [name.replace("-", "_") for name in (*NUMBERS, *TEXTS)]
     names += ["setup", "preflight", "exclude_bad_nodes"]
-    return {name: getattr(arguments, name) for name in names} | {"options": arguments.option}
+    return {name: getattr(arguments, name) for name in names} | {
+        "options": arguments.option,
+        "preflight_options": arguments.preflight_option,
+    }
 
 
 def members(arguments: argparse.Namespace, base: RunConfig) -> list[RunConfig]:
-    """The configs of all runs, one for each combination of the values of `--sweep`.
+    """The configs of all runs, one for each combination of the values of `--sweep`, none of which
+    writes where another one does.
 
     Raises ConfigError where there is nothing to choose from, or a value is wrong.
     """
     if not arguments.sweep:
         return [base]
+    places = {"run_dir": base.run_dir, "checkpoint.dir": base.checkpoint.dir}
     axes = []
     for text in arguments.sweep:
         name, equals, values = text.partition("=")
         words = [word for word in values.split(",") if word]
         if not equals or len(words) < 2:
             raise ConfigError(f"--sweep: '{text}' is not of the form path.to.option=value,value")
+        if name in places:
+            raise ConfigError(f"--sweep: {name} cannot be swept; each run gets a folder of its own")
         axes.append([f"{name}={word}" for word in words])
     return [
         load_config(
-            arguments.config, [*arguments.overrides, *chosen, f"run_dir={base.run_dir}/{number}"]
+            arguments.config,
+            [*arguments.overrides, *chosen]
+            + [f"{name}={place}/{number}" for name, place in places.items() if place is not None],
         )
         for number, chosen in enumerate(product(*axes))
     ]

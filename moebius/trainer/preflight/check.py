@@ -55,7 +55,9 @@ def _prepare(load: Callable[[], RunConfig], roll: Roll) -> tuple[RunConfig, torc
         check_processes(config, world_size())
     with roll.stage("device", alone=True):
         device = select_device(config.train.device)
-        expected = judge.most_common(roll.everyones("device", device.type))
+        # Of as many, the node on which no GPU is found is the bad one: "cuda" comes first.
+        kinds = sorted(roll.everyones("device", device.type), reverse=True)
+        expected = judge.most_common(kinds)
         if device.type != expected:  # no collective joins them
             raise LaunchError(
                 f"device kind {device.type}; expected: {expected}, as most have", judge.EXCLUDE

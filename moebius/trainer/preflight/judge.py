@@ -38,6 +38,16 @@ def _on(kind: Kind, check: str, facts: Facts, text: str) -> Finding:
     return Finding(kind, check, facts.node, facts.rank, text)
 
 
+def _unlike(kind: Kind, check: str, facts: Facts, text: str, others: int, of: int) -> Finding:
+    """One of `others` out of `of` processes that are not as the rest is. Where the rest is no
+    majority, nobody knows whose node is to blame."""
+    found = _on(kind, check, facts, text)
+    if 2 * others < of:
+        return found
+    text = found.line.replace("as most have", "as others have")
+    return Finding(kind, check, None, None, text)
+
+
 def judge_versions(all_facts: Sequence[Facts]) -> Iterator[Finding]:
     """The same on all nodes; the node that differs from most is named."""
     for name in sorted({name for facts in all_facts for name in facts.versions}):
@@ -46,12 +56,14 @@ def judge_versions(all_facts: Sequence[Facts]) -> Iterator[Finding]:
         for members in of_nodes(others).values():
             found = members[0].versions.get(name)
             said = f"{name} {found}" if found else f"no {name}"
-            yield _on(
+            yield _unlike(
                 "warning" if name in ONLY_WARNED else "error",
                 "versions",
                 members[0],
                 f"{said}; expected: {expected or 'none'}, as most have - install the same "
                 "everywhere, or exclude the node",
+                len(others),
+                len(all_facts),
             )
 
 
@@ -69,7 +81,7 @@ def judge_settings(
         name = next(n for n in names if own.get(n) != common.get(n))
         text = f"{name} {own.get(name)}; expected: {common.get(name)}, as most have - "
         text += "give all nodes the same run file"
-        yield _on("error", "settings", members[0], text)
+        yield _unlike("error", "settings", members[0], text, len(others), len(all_facts))
 
 
 def judge_devices(all_facts: Sequence[Facts]) -> Iterator[Finding]:

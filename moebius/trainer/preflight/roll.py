@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from moebius.errors import LaunchError, LayoutError, MoebiusError
-from moebius.parallel.world import rank, world_size
+from moebius.errors import LaunchError, MoebiusError
+from moebius.parallel.world import attempt_name, check_launch, rank, world_size
 
 POLL = 0.25
 """seconds between looks of the thread"""
@@ -281,16 +281,10 @@ def _stores(wait: float) -> Iterable[Store]:
     if world_size() == 1:
         alone = HashStore()
         return alone, alone
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]
-    if missing:
-        raise LayoutError(
-            f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} is not set",
-            "start the processes with torchrun",
-        )
+    check_launch()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # torchrun has a store already; without it the main process makes one.
     makes = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
     def connect(is_master: bool) -> Store:
         store = TCPStore(
@@ -301,7 +295,7 @@ def _stores(wait: float) -> Iterable[Store]:
             timedelta(seconds=wait),
             wait_for_workers=False,
         )
-        return PrefixStore(f"preflight_{attempt}", store)
+        return PrefixStore(f"preflight_{attempt_name()}", store)
 
     try:
         return connect(makes), connect(False)
