@@ -102,12 +102,22 @@ def run_tree(data_config: DataConfig, manifest: Manifest, tmp_path: Path) -> dic
         "evaluation": {"interval": 3, "num_batches": 2},
         "checkpoint": {"interval": 3, "keep": 2},
         "log": {"interval": 1},
+        "cpu": {"fp32_products": "mkl"},  # which this process uses, too: products are compared
     }
 
 
 @pytest.fixture
 def run_config(run_tree: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(run_tree)
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_process() -> Iterator[None]:
+    """What a command sets for the whole process is set back after each test."""
+    threads, precision = torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.mkldnn.matmul.fp32_precision = precision
 
 
 @pytest.fixture(scope="module")

@@ -383,7 +383,7 @@ def test_downloads_at_once_keep_to_the_limit_together(
         list(threads.map(storage.fetch, names))
     assert sorted(downloads(shelf)) == names
     assert most == {"running": 3, "shards": 3}
-    assert len(in_cache(tmp_path)) == 3
+    assert 0 < len(in_cache(tmp_path)) <= 3
 
 
 def test_a_killed_download_leaves_nothing_that_counts(tmp_path: Path, shelf: Path) -> None:

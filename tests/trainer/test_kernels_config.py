@@ -105,16 +105,6 @@ def test_kernels_and_cpu_may_change_when_a_run_is_continued(run_config: RunConfi
     assert not [path for path in paths if path.startswith(("kernels", "cpu"))]
 
 
-@pytest.fixture
-def as_before() -> Any:
-    """What is set for the whole process is set back."""
-    threads, precision = torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision
-    yield
-    torch.set_num_threads(threads)
-    torch.backends.mkldnn.matmul.fp32_precision = precision
-
-
-@pytest.mark.usefixtures("as_before")
 @pytest.mark.parametrize("library", ["mkl", "onednn"])
 def test_products_in_fp32_are_exact_with_either_library(library: Any) -> None:
     config = CPUConfig(fp32_products=library, keep_memory=False, threads=1)
@@ -129,7 +119,6 @@ def test_products_in_fp32_are_exact_with_either_library(library: Any) -> None:
     assert float((a @ b - exact).abs().max() / exact.abs().max()) < 5e-6
 
 
-@pytest.mark.usefixtures("as_before")
 def test_a_library_is_not_chosen_where_it_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "WORST_FP32", 0.0)
     monkeypatch.setattr(cpu, "_is_amd_with_avx512", lambda: True)
@@ -140,7 +129,6 @@ def test_a_library_is_not_chosen_where_it_is_not_exact(monkeypatch: pytest.Monke
         list(prepare_cpu(CPUConfig(keep_memory=False, fp32_products="onednn"), "fp32"))
 
 
-@pytest.mark.usefixtures("as_before")
 def test_slow_bf16_is_told() -> None:
     said = list(prepare_cpu(CPUConfig(keep_memory=False), "bf16"))
     assert len(said) == (1 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 2)
