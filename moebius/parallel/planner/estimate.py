@@ -220,9 +220,14 @@ def _usages(job: Job, decoder: Decoder) -> list[Usage]:
     ]
     outside = _gathered_size(decoder, config) - sum(sizes.values())
     staying = _expert_size(decoder, config) if config.ep * config.etp > 1 else 0
-    activations = like.passes.activations + 3 * max(units) + 2 * outside + staying
-    passes = replace(usage.passes, gradients=usage.gradients, activations=activations)
-    update = replace(usage.update, activations=0)
+    gathered = 3 * max(units) + 2 * outside + staying
+    passes = replace(
+        usage.passes,
+        gradients=usage.gradients,
+        activations=like.passes.activations + gathered,
+        exchanged=like.passes.exchanged + gathered,
+    )
+    update = replace(usage.update, activations=0, exchanged=0)
     return [replace(usage, passes=passes, update=update)]
 
 

@@ -33,6 +33,9 @@ class Memory:
     optimizer: int
     activations: int
     """all else: what waits for its backward pass, messages, buffers of collectives, scratch"""
+    exchanged: int
+    """of these what was handed to collectives and messages or came from them; on a ring the tokens
+    that are on their way around it"""
 
     @property
     def total(self) -> int:
@@ -58,12 +61,17 @@ class LiveBytes(TorchDispatchMode):
         """all of them, whoever called them; for an axis the processes of gathers and scatters"""
         self.flops = 0
         """of products of matrices"""
+        self.exchanged = 0
+        """bytes alive that collectives or messages have read or written"""
         self._sizes: dict[int, int] = {}
+        self._exchanged: set[int] = set()
+        self._watched: set[int] = set()
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
-        """Follow tensors that were made outside of the mode, too."""
+        """Follow tensors that were made outside of the mode, too; they count as no buffers."""
         for tensor in tensors:
             self._follow(tensor)
+            self._watched.add(id(tensor.untyped_storage()))
 
     def __torch_dispatch__(
         self,
@@ -78,6 +86,8 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _count(self, func: Any, args: tuple[Any, ...]) -> None:
+        if func.namespace == "c10d":
+            self._note_exchange(args)
         kind = func.name().partition(".")[0]
         if kind in PRODUCTS:
             left, right = args[PRODUCTS[kind] :][:2]
@@ -92,6 +102,13 @@ class LiveBytes(TorchDispatchMode):
                 whole, part = sorted((args[0].numel(), args[1].numel()), reverse=True)
                 count = str(whole // part) if part else "1"
             self.collectives.add(count, name, size)
+
+    def _note_exchange(self, args: tuple[Any, ...]) -> None:
+        for leaf in tree_leaves(args):
+            key = id(leaf.untyped_storage()) if isinstance(leaf, Tensor) else 0
+            if key in self._sizes and key not in self._exchanged | self._watched:
+                self._exchanged.add(key)
+                self.exchanged += self._sizes[key]
 
     def _follow_all(self, out: Any) -> None:
         for leaf in tree_leaves(out):
@@ -112,7 +129,12 @@ class LiveBytes(TorchDispatchMode):
             self.at_peak()
 
     def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
+        size = self._sizes.pop(key)
+        self.live -= size
+        self._watched.discard(key)
+        if key in self._exchanged:
+            self._exchanged.remove(key)
+            self.exchanged -= size
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -153,7 +175,9 @@ class Peak:
     def _look(self) -> None:
         gradients = self.gradient_bytes()
         known = self.weight_bytes + self.state_bytes + gradients
-        self.memory = Memory(self.weight_bytes, gradients, self.state_bytes, self.live.live - known)
+        rest = self.live.live - known
+        exchanged = min(self.live.exchanged, rest)  # a gradient may be one, too
+        self.memory = Memory(self.weight_bytes, gradients, self.state_bytes, rest, exchanged)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:

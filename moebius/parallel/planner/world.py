@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FakeProcessGroup, FakeWork
+from torch._C._distributed_c10d import FakeProcessGroup
 from torch.distributed.distributed_c10d import GroupName
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map
@@ -115,7 +115,8 @@ class SimulatedChannel(Channel):
     def _begin(self, buffer: Tensor, stage_rank: int) -> dist.Work:
         ranks = self.group.ranks
         self.post.send(ranks[self.group.rank], ranks[stage_rank], buffer)
-        return FakeWork()
+        assert self.group.process_group is not None
+        return self.group.process_group.send([buffer], stage_rank, 0)
 
     def _receive(self, buffer: Tensor, stage_rank: int) -> Tensor:
         ranks = self.group.ranks
@@ -123,6 +124,8 @@ class SimulatedChannel(Channel):
         assert sent.shape == buffer.shape, (sent.shape, buffer.shape)
         if not buffer.dtype.is_floating_point:
             buffer.copy_(sent)
+        assert self.group.process_group is not None
+        self.group.process_group.recv([buffer], stage_rank, 0)
         return buffer
 
 

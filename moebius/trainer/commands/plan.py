@@ -94,12 +94,14 @@ def show(plan: Plan, console: Console) -> None:
 def memory_rows(plan: Plan) -> list[tuple[str, int]]:
     """Bytes by kind; they add up to the last."""
     memory = plan.memory
-    rest = "buffers of the update" if plan.is_in_update else "activations, messages and buffers"
+    rest = "scratch of the update" if plan.is_in_update else "activations"
+    buffers = "tokens on the ring and other buffers" if plan.job.parallel.rp > 1 else "buffers"
     return [
         ("weights", memory.weights),
         ("gradients", memory.gradients),
         ("optimizer", memory.optimizer),
-        (rest, memory.activations),
+        (rest, memory.activations - memory.exchanged),
+        (f"{buffers} of communication", memory.exchanged),
         ("headroom for uneven experts", plan.total_bytes - memory.total),
         ("all", plan.total_bytes),
     ]

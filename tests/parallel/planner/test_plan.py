@@ -79,6 +79,14 @@ def test_a_pipeline_holds_no_more_with_more_micro_batches() -> None:
         assert long.memory.total - short.memory.total < 2 * token_ids
 
 
+def test_tokens_on_a_ring_are_told_apart() -> None:
+    """Parcels wait on their way around; one process alone exchanges nothing."""
+    on_ring = simulate(Case(MOEPP_MOR, 2, {"rp": 2}, rows=2, micro_batch=1).job)[0].passes
+    parcel = LENGTH * 64 * 4
+    assert parcel <= on_ring.exchanged < on_ring.activations
+    assert simulate(Case(MOEPP_MOR, rows=2, micro_batch=1).job)[0].passes.exchanged == 0
+
+
 def test_seconds_on_a_link() -> None:
     """The terms of ring algorithms, and a latency for each call."""
     link = Link(bandwidth=1e9, latency=1e-3)

@@ -126,4 +126,8 @@ def test_a_simulated_process_takes_what_a_real_one_takes(name: str) -> None:
         assert usage.gradients == found.gradients
         if case.job.parallel.data != "fsdp2":  # which frees storages where no mode sees it
             assert usage.passes.activations == pytest.approx(found.passes.activations, rel=0.1)
+            # A thread of gloo may hold its last buffer a moment longer.
+            buffer = 2 * 4 * case.micro_batch * LENGTH * WIDTH
+            expected = pytest.approx(found.passes.exchanged, rel=0.1, abs=buffer)
+            assert usage.passes.exchanged == expected
             assert usage.memory.total == pytest.approx(found.memory.total, rel=0.1)
