@@ -7,7 +7,6 @@ from functools import partial
 
 from moebius.config import Problem
 from moebius.errors import LayoutError
-from moebius.kernels.registry import PLAIN
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.planner.simulate import Job
 from moebius.trainer.config import RUN_RULES, RunConfig
@@ -56,5 +55,4 @@ def job_of(config: RunConfig, world_size: int, device_type: str) -> Job:
         recompute=config.train.recompute,
         autocast=precision,
         whole=muon_roles(config.optim),
-        kernels=PLAIN,
     )

@@ -7,6 +7,7 @@ tensors. Where integers come from floats, as ids come from scores, a rule stands
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,12 +127,5 @@ def _in_turn(like: Tensor, dim: int) -> Tensor:
     shape[dim] = size
     ids = torch.arange(size, dtype=like.dtype).view(shape)
     rows = [n for d, n in enumerate(like.shape) if d != dim % like.dim()]
-    first = torch.arange(_product(rows), dtype=like.dtype).view(rows).unsqueeze(dim)
+    first = torch.arange(math.prod(rows), dtype=like.dtype).view(rows).unsqueeze(dim)
     return (ids + first) % size
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

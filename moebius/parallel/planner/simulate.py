@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebius.kernels.registry import PLAIN, Kernels
 from moebius.model.config import ModelConfig
 from moebius.model.context import Recompute, StepContext
 from moebius.model.decoder import Decoder
@@ -57,7 +56,6 @@ class Job:
     autocast: torch.dtype | None = None
     whole: frozenset[Role] = frozenset()
     """see `Layout`"""
-    kernels: Kernels = PLAIN
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,6 @@ def use_of_step(job: Job, layout: Layout, live: LiveBytes) -> Usage:
         step=FINAL_STEP,
         training=True,
         recompute=job.recompute,
-        kernels=job.kernels,
     )
     num_labels = job.rows * job.row_length
     result = layout.executor.accumulate_gradients(batches, step, None, num_labels)
