@@ -42,7 +42,7 @@ def step(name: str, dtype: torch.dtype, kernels: Kernels, compile: bool = False)
     context = StepContext(
         "topk", Ledger(), step=30, seed=3, training=True, kernels=kernels, compile=compile
     )
-    result = LocalExecutor(decoder).accumulate_gradients([documents(2)], context)
+    result = LocalExecutor(decoder).accumulate_gradients([documents(2).to(DEVICE)], context)
     gradients = {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
     names = ("expert_tokens", "executed_tokens", "selected")
     counts = [
