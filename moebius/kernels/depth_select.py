@@ -6,6 +6,8 @@ select different numbers of tokens); all empty slots of a row, or of each of its
 Shapes: B rows, S tokens, K selected slots, D any trailing width.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,9 @@ def top_k_positions(scores_BS: Tensor, k: int) -> Tensor:
 
     Reads `4 * B * S` bytes of fp32 scores; `O(B * S)` comparisons for a selection by bisection.
     """
-    keep_BS = top_k_mask(scores_BS, k) & ~scores_BS.isneginf()
+    # Sorting on a GPU goes by bits, in which NaN has a sign.
+    best_BS = top_k_mask(scores_BS.masked_fill(scores_BS.isnan(), math.nan), k)
+    keep_BS = best_BS & ~scores_BS.isneginf()
     positions_BS = torch.arange(scores_BS.shape[1], device=scores_BS.device).expand_as(keep_BS)
     return compact(positions_BS, keep_BS, k)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -78,6 +79,16 @@ def joined(device: torch.device, timeout: float) -> Iterator[Store | None]:
         yield store
     finally:
         dist.destroy_process_group()
+
+
+def end_threads() -> None:
+    """End the threads of groups that only cycles of objects still hold, after `joined`.
+
+    They may let go of a tensor at any time, and a thread that does so while the interpreter ends
+    takes the process down with it (SIGABRT).
+    """
+    if world_size() > 1:
+        gc.collect()
 
 
 def _missing() -> list[str]:

@@ -10,7 +10,7 @@ from typing import Protocol
 from rich.console import Console
 
 from moebius.errors import ConfigError, LayoutError, MoebiusError
-from moebius.parallel.world import check_alone, is_first_here, is_main
+from moebius.parallel.world import check_alone, end_threads, is_first_here, is_main
 from moebius.trainer.commands import (
     audit,
     calibrate,
@@ -111,3 +111,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        end_threads()

@@ -20,12 +20,14 @@ from tests.trainer.test_resume import config_in
 PARALLEL = {"ep": 2, "tp": 2}
 
 
-def launch(config: Path, processes: int, *arguments: str) -> subprocess.Popen[str]:
+def launch(
+    config: Path, processes: int, *arguments: str, module: str = "moebius.trainer"
+) -> subprocess.Popen[str]:
     """`torchrun` as a user starts it."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     options = [f"--nproc-per-node={processes}", "--monitor-interval=0.1", *arguments]
     return subprocess.Popen(
-        [*launcher, *options, "-m", "moebius.trainer", "train", str(config)],
+        [*launcher, *options, "-m", module, "train", str(config)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -51,6 +53,15 @@ def assert_same_course(got: list[dict[str, Any]], expected: list[dict[str, Any]]
     for a, b in zip(got, expected, strict=True):
         assert a.keys() == b.keys()
         assert a == pytest.approx(b, rel=2e-3, abs=1e-5), a["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads are read from /proc")
+def test_no_thread_of_a_group_is_left_to_the_end(run_tree: dict[str, Any], tmp_path: Path) -> None:
+    """One that lets go of a tensor while the interpreter ends would abort the process."""
+    config = write_config(run_tree | {"parallel": {"rp": 2}}, tmp_path / "run.yaml")
+    output, errors = launch(config, 2, module="tests.faults.ending").communicate(timeout=300)
+    assert output.count("left: []") == 2, output + errors
 
 
 def test_four_processes_train_like_one(run_tree: dict[str, Any], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from moebius.kernels.registry import BACKENDS, PLAIN, Kernels, Operation, choose
 from moebius.model.context import StepContext
 from moebius.model.executor import LocalExecutor
 from moebius.model.ledger import Ledger
-from tests.parity.layouts import decoder_of, documents
+from tests.parity.layouts import Rows, decoder_of, documents
 from tests.parity.models import MODELS
 
 pytest.importorskip("triton")
@@ -42,7 +42,8 @@ def step(name: str, dtype: torch.dtype, kernels: Kernels, compile: bool = False)
     context = StepContext(
         "topk", Ledger(), step=30, seed=3, training=True, kernels=kernels, compile=compile
     )
-    result = LocalExecutor(decoder).accumulate_gradients([documents(2).to(DEVICE)], context)
+    batch = Rows(**{name: tensor.to(DEVICE) for name, tensor in vars(documents(2)).items()})
+    result = LocalExecutor(decoder).accumulate_gradients([batch], context)
     gradients = {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
     names = ("expert_tokens", "executed_tokens", "selected")
     counts = [
