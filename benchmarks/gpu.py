@@ -12,7 +12,8 @@ The second table has training steps in bf16 (forward, backward, clipping, fused 
 that fit into 80 GB, with torch's and with Triton's kernels, experts taking turns (`balanced`) and
 chosen by the router (`learned`), and Mixtral of Hugging Face transformers in bf16 beside them,
 where it is installed. They are measured one after the other, for want of memory. MFU is of executed
-FLOPs, attention over all pairs included; the peer is counted with the same FLOPs.
+FLOPs, attention over all pairs included; the peer is counted with the same FLOPs. One more step is
+profiled: the share of its time in which the device computes, and the kernels that take most of it.
 
 `--device cpu --quick` runs the same code in small on a CPU, which says nothing about speed. Writes
 benchmarks/results/gpu-<device>.json.
@@ -35,6 +36,7 @@ from models import Trainee, model_config, random_batches, routed
 from operations import WORKS, Maker, Work
 from operations import Size as OperationSize
 from rounds import call, compare, nothing, show
+from torch.profiler import ProfilerActivity, profile
 
 from moebius.data.batch import Batch
 from moebius.kernels.registry import BACKENDS, Kernels, Operation, choose, is_installed
@@ -205,6 +207,23 @@ def seconds_per_step(
     return statistics.median(seconds[WARMUP:])
 
 
+def busiest(step: Callable[[Batch], object], batch: Batch, seconds: float) -> dict[str, object]:
+    """Share of a step in which the device computes, and of that the kernels that take most."""
+    if not batch.tokens_BS.is_cuda:
+        return {}
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step(batch)
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        if event.device_type.name == "CUDA":
+            times[event.key] = times.get(event.key, 0.0) + event.self_device_time_total / 1e6
+    total = sum(times.values())
+    most = sorted(times, key=lambda name: -times[name])[:12]
+    shares = {name[:90]: round(times[name] / total, 4) for name in most}
+    return {"device_busy": round(total / seconds, 3), "kernel_shares": shares}
+
+
 def own_step(
     kernels: KernelsConfig,
     balanced: bool,
@@ -219,7 +238,9 @@ def own_step(
         trainee = Trainee(config, size.length, dtype, device, kernels)
         seconds = seconds_per_step(trainee.step, size, device, steps)
         about = {"kernels": trainee.kernel_names, "parameters": trainee.num_parameters}
-        return {"seconds": seconds, "flops": trainee.flops, **about}
+        about |= {"flops": trainee.flops}
+        batch = random_batches(size.rows, size.length, size.vocabulary, device)(0)
+        return {"seconds": seconds, **about, **busiest(trainee.step, batch, seconds)}
     except Exception as error:  # whatever it is, the others are still worth knowing
         return {"error": reason(error)}
 
@@ -233,7 +254,9 @@ def peer_step(
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
         step = peers.stepper(model, optimizer, foreach=True)
         seconds = seconds_per_step(step, size, device, steps)
-        return {"seconds": seconds, "experts": peers.experts_implementation(model)}
+        batch = random_batches(size.rows, size.length, size.vocabulary, device)(0)
+        about = {"experts": peers.experts_implementation(model)}
+        return {"seconds": seconds, **about, **busiest(step, batch, seconds)}
     except Exception as error:
         return {"error": reason(error)}
 
@@ -300,20 +323,22 @@ def main() -> None:
     peaks = measure_peaks(device, dtype, COPIED if on_gpu else 2**24)
     size, sizes = (QUICK_OPERATIONS, QUICK_STEPS) if arguments.quick else (OPERATIONS, STEPS)
     rounds, steps = (1, 1) if arguments.quick else (7, 10)
-    operations = measure_operations(Maker(size, device, dtype), peaks, rounds)
-    found = [measure_steps(each, device, dtype, peaks, steps) for each in sizes]
     about = about_device(device)
+    found: list[dict[str, object]] = []
     result = {
         **about,
         "precision": str(dtype).removeprefix("torch."),
         "product_tflops": round(peaks.flops_per_second / 1e12, 2),
         "copy_gigabytes_per_second": round(peaks.bytes_per_second / 1e9, 1),
         "operations_size": str(size),
-        "operations": operations,
+        "operations": measure_operations(Maker(size, device, dtype), peaks, rounds),
         "training": found,
     }
     label = str(about["device"]).lower().replace(" ", "-") if on_gpu else None
     write_result("gpu", result, arguments.out, label)
+    for each in sizes:  # a lent machine may be taken back: what is measured is kept
+        found.append(measure_steps(each, device, dtype, peaks, steps))
+        write_result("gpu", result, arguments.out, label)
 
 
 if __name__ == "__main__":
