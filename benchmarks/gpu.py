@@ -10,8 +10,9 @@ for the whole process, which come last. What fails is reported with its error, a
 
 The second table has training steps in bf16 (forward, backward, clipping, fused AdamW) of decoders
 that fit into 80 GB, with torch's and with Triton's kernels, experts taking turns (`balanced`) and
-chosen by the router (`learned`), and Mixtral of Hugging Face transformers in bf16 beside them,
-where it is installed. They are measured one after the other, for want of memory. MFU is of executed
+chosen by the router (`learned`), weights, moments and residual stream in fp32. Beside them is
+Mixtral of Hugging Face transformers, where it is installed, in the same precision (`autocast`) and
+as it is usually loaded, all of it in bf16. They are measured one after the other, for want of memory. MFU is of executed
 FLOPs, attention over all pairs included; the peer is counted with the same FLOPs. One more step is
 profiled: the share of its time in which the device computes, and the kernels that take most of it.
 
@@ -215,8 +216,8 @@ def busiest(step: Callable[[Batch], object], batch: Batch, seconds: float) -> di
         step(batch)
         torch.cuda.synchronize()
     times: dict[str, float] = {}
-    for event in profiler.key_averages():
-        if event.device_type.name == "CUDA":
+    for event in profiler.key_averages():  # annotations are there, too, over what they enclose
+        if event.device_type.name == "CUDA" and "#" not in event.key:
             times[event.key] = times.get(event.key, 0.0) + event.self_device_time_total / 1e6
     total = sum(times.values())
     most = sorted(times, key=lambda name: -times[name])[:12]
@@ -246,13 +247,19 @@ def own_step(
 
 
 def peer_step(
-    size: StepSize, device: torch.device, dtype: torch.dtype, steps: int
+    size: StepSize, device: torch.device, dtype: torch.dtype, steps: int, autocast: bool
 ) -> dict[str, Any]:
-    """Mixtral with fused AdamW, all of it in the precision of products."""
+    """Mixtral with fused AdamW; products in a precision, and all else, too, or in fp32."""
     try:
-        model = peers.build("mixtral", *size.shape(), size.width, size.experts).to(device, dtype)
+        model = peers.build("mixtral", *size.shape(), size.width, size.experts)
+        model = model.to(device, torch.float32 if autocast else dtype)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-        step = peers.stepper(model, optimizer, foreach=True)
+        plain = peers.stepper(model, optimizer, foreach=True)
+
+        def step(batch: Batch) -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                plain(batch)
+
         seconds = seconds_per_step(step, size, device, steps)
         batch = random_batches(size.rows, size.length, size.vocabulary, device)(0)
         about = {"experts": peers.experts_implementation(model)}
@@ -279,8 +286,10 @@ def measure_steps(
         found[f"moebius, {name}, {routing}"] = about
         free(device)
     if is_installed("transformers"):
-        found["transformers, mixtral"] = peer_step(size, device, dtype, steps)
-        free(device)
+        for name, autocast in (("autocast", True), ("all in bf16", False)):
+            about = peer_step(size, device, dtype, steps, autocast)
+            found[f"transformers, mixtral, {name}"] = about
+            free(device)
     flops = max((about.get("flops", 0) for about in found.values()), default=0)
     rows = []
     for name, about in found.items():
