@@ -12,9 +12,10 @@ The second table has training steps in bf16 (forward, backward, clipping, fused 
 that fit into 80 GB, with torch's and with Triton's kernels, experts taking turns (`balanced`) and
 chosen by the router (`learned`), weights, moments and residual stream in fp32. Beside them is
 Mixtral of Hugging Face transformers, where it is installed, in the same precision (`autocast`) and
-as it is usually loaded, all of it in bf16. They are measured one after the other, for want of memory. MFU is of executed
-FLOPs, attention over all pairs included; the peer is counted with the same FLOPs. One more step is
-profiled: the share of its time in which the device computes, and the kernels that take most of it.
+with everything in bf16. They are measured one after the other, for want of memory. MFU is of
+executed FLOPs, attention over all pairs included; the peer is counted with the same FLOPs. One more
+step is profiled: the share of its time in which the device computes, and the kernels that take most
+of it.
 
 `--device cpu --quick` runs the same code in small on a CPU, which says nothing about speed. Writes
 benchmarks/results/gpu-<device>.json.
