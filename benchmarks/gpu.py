@@ -87,7 +87,7 @@ STEPS = (
 )
 """0.9 and 2.4 billion parameters, 16 bytes of each"""
 KERNELS = {
-    "torch": KernelsConfig(),
+    "torch": KernelsConfig(backend="torch"),
     "triton": KernelsConfig(backend="triton", attention="varlen"),
 }
 QUICK_OPERATIONS = OperationSize(2, 32, 32, 48, 4, 2, 2, 128)

@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,7 +11,7 @@ from pydantic import PositiveInt
 
 from moebius.config import ConfigNode
 from moebius.errors import LayoutError
-from moebius.kernels.registry import KernelError, Kernels, Operation, choose
+from moebius.kernels.registry import KernelError, Kernels, Operation, choose, is_installed
 from moebius.model.config import ModelConfig
 from moebius.model.moe.config import MoEConfig
 from moebius.trainer.cpu import uses_onednn
@@ -18,6 +19,8 @@ from moebius.trainer.cpu import uses_onednn
 Either = Literal["torch", "triton"]
 RECOMPILE_LIMIT = 64
 """kinds of layers and passes that differ in what is compiled; torch gives up at 8"""
+TIMED = (9, 0)
+"""compute capability of the GPU of `benchmarks/results/gpu-nvidia-h200.json`"""
 FEW_EXPERTS = 16
 """up to so many their groups are large, and rounding them up costs little"""
 
@@ -30,8 +33,8 @@ class KernelsConfig(ConfigNode):
     """
 
     backend: Literal["auto", "torch", "triton"] = "auto"
-    """of every operation that is not named below; auto: torch, and on a CPU attention in blocks.
-    Triton has not been timed on a GPU yet, so that auto does not take it"""
+    """of every operation that is not named below; auto: torch, and on a CPU attention in blocks; in
+    bf16 on Hopper GPUs and later ones triton where it is installed, and attention by varlen"""
     permute: Either | None = None
     """tokens to rows sorted by expert, and back"""
     grouped_gemm: Literal["torch", "triton", "megablocks"] | None = None
@@ -68,7 +71,8 @@ def choose_kernels(
     """
     if config.compile:
         prepare_compiler(device)
-    names = {operation: _name(config, operation, device) for operation in get_args(Operation)}
+    default = _default(config, device, dtype)
+    names = {operation: _name(config, operation, default) for operation in get_args(Operation)}
     alignment = config.alignment or _alignment(model, device, dtype)
     try:
         kernels = choose(names, device, dtype, alignment)
@@ -98,14 +102,32 @@ def prepare_compiler(device: torch.device) -> None:
     settings.recompile_limit = RECOMPILE_LIMIT
 
 
-def _name(config: KernelsConfig, operation: Operation, device: torch.device) -> str:
+@dataclass(frozen=True)
+class Default:
+    """Backends of operations that a config does not name."""
+
+    backend: str
+    attention: str
+
+
+def _default(config: KernelsConfig, device: torch.device, dtype: torch.dtype) -> Default:
+    if config.backend != "auto" or config.compile:
+        return Default("triton" if config.backend == "triton" else "torch", "sdpa")
+    if device.type == "cpu":
+        return Default("torch", "blocks")
+    if dtype == torch.bfloat16 and is_installed("triton") and _is_timed(device):
+        return Default("triton", "varlen")
+    return Default("torch", "sdpa")
+
+
+def _is_timed(device: torch.device) -> bool:
+    """Whether Triton's kernels have been timed on a GPU of this kind, or on an older one."""
+    return torch.cuda.get_device_capability(device) >= TIMED
+
+
+def _name(config: KernelsConfig, operation: Operation, default: Default) -> str:
     named: str | None = getattr(config, operation)
-    if named is not None:
-        return named
-    if operation == "attention":
-        quick = config.backend == "auto" and device.type == "cpu" and not config.compile
-        return "blocks" if quick else "sdpa"
-    return "triton" if config.backend == "triton" else "torch"
+    return named or (default.attention if operation == "attention" else default.backend)
 
 
 def _alignment(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:

@@ -48,6 +48,33 @@ def test_definitions_alone_are_a_choice_too() -> None:
     assert said == "kernels: attention sdpa, torch"
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "options", "said"),
+    [
+        ((9, 0), torch.bfloat16, {}, "attention varlen"),
+        ((10, 0), torch.bfloat16, {"grouped_gemm": "torch"}, "rope triton, attention varlen"),
+        ((8, 0), torch.bfloat16, {}, "kernels: attention sdpa, torch"),
+        ((9, 0), torch.float32, {}, "kernels: attention sdpa, torch"),
+        ((9, 0), torch.bfloat16, {"compile": True}, "kernels: attention sdpa, torch"),
+        ((9, 0), torch.bfloat16, {"backend": "torch"}, "kernels: attention sdpa, torch"),
+    ],
+)
+def test_a_gpu_gets_triton_where_it_has_been_timed(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = KernelsConfig.model_validate(options)
+    kernels, line = choose_kernels(config, model(), torch.device("cuda"), dtype)
+    assert said in line
+    assert ("triton" in kernels.permute.__module__) == ("varlen" in said)
+    assert ("triton" in kernels.grouped_swiglu.__module__) == (said == "attention varlen")
+
+
 def test_groups_are_padded_where_onednn_multiplies() -> None:
     assert chosen()[0].alignment == (32 if uses_onednn() else 1)
     assert chosen(torch.bfloat16)[0].alignment == 32
