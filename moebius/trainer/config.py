@@ -101,6 +101,8 @@ class LogConfig(ConfigNode):
 
     interval: PositiveInt = 10
     """steps between reports to console, TensorBoard and metrics.jsonl; the first step always"""
+    picture_interval: PositiveInt = 100
+    """steps between heat maps of routing in TensorBoard; the last step always"""
     record_routing: NonNegativeInt = 0
     """write the experts of every token of so many first steps to `<run_dir>/routing`, for the
     selector `replay`"""

@@ -71,5 +71,4 @@ def train_step(run: Run) -> StepReport:
     grad_norm = run.layout.engine.step(config.optim.clip_norm, sound)
     applied = sound & grad_norm.isfinite()
     run.decoder.update_routers(result.ledger, run.step, applied)
-    read = [sample for batch in taken for sample in batch.sample_ids_B.tolist()]
-    return StepReport(result.losses, grad_norm, applied, lr, result.ledger, sample_ids, read)
+    return StepReport(result.losses, grad_norm, applied, lr, result.ledger, sample_ids, taken)

@@ -23,11 +23,29 @@ def executed_rows(ledger: Ledger) -> Executed:
     }
 
 
+def fetched(ledger: Ledger) -> Ledger:
+    """The ledger with its numbers on the host, moved in one piece: each move waits for a device."""
+    entries = [(s, n, value) for s, sums in ledger.statistics.items() for n, value in sums.items()]
+    values = [value for _, _, value in entries] + list(ledger.losses.values())
+    host = Ledger()
+    host.work = ledger.work
+    if not values:
+        return host
+    together = torch.cat([value.detach().flatten().double() for value in values]).cpu()
+    pieces = iter(together.split([value.numel() for value in values]))
+    for site, name, value in entries:
+        sums = host.statistics.setdefault(site, {})
+        sums[name] = next(pieces).view(value.shape).to(value.dtype)
+    host.losses = {name: next(pieces)[0] for name in ledger.losses}
+    return host
+
+
 def routing_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
     """Losses and health of both routings, over all sites; the names are explained in
-    `docs/routing.md` and `docs/recursion.md`."""
+    `docs/metrics.md`."""
     metrics = {f"train/{name}_loss": float(loss) for name, loss in ledger.losses.items()}
-    return metrics | width_metrics(decoder, ledger) | depth_metrics(ledger)
+    width = width_metrics(decoder, ledger) | layer_metrics(decoder, ledger)
+    return metrics | width | depth_metrics(ledger)
 
 
 def width_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
@@ -60,6 +78,33 @@ def width_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
     }
 
 
+def place_of(site: Site) -> str:
+    """A site as metrics name it: layer, sublayer, pass and, in a chain, turn."""
+    turn = f".{site.iteration}" if site.iteration > 1 else ""
+    return f"{site.module.removeprefix('layers.').removeprefix('depth.')}.{site.depth}{turn}"
+
+
+def layer_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
+    """`layers/...`: what `width_metrics` says of all, for each router call site."""
+    metrics: dict[str, float] = {}
+    for site, number in _computing_experts(decoder).items():
+        sums = ledger.statistics.get(site)
+        if sums is None:
+            continue
+        tokens, assignments = float(sums["tokens"]), float(sums["expert_tokens"].sum())
+        load_N = sums["expert_tokens"][:number]
+        of_site = {
+            "computing_share": float(sums["executed_tokens"][:number].sum()) / max(assignments, 1),
+            "experts_per_token": assignments / max(tokens, 1),
+            "load_max_over_mean": float(load_N.max() / load_N.mean().clamp(min=1e-9)),
+            "dead_share": float((sums["expert_tokens"] == 0).float().mean()),
+            "entropy": float(sums["entropy"]) / max(tokens, 1),
+            "dropped_share": float(sums["dropped"]) / max(assignments, 1),
+        }
+        metrics |= {f"layers/{place_of(site)}/{name}": value for name, value in of_site.items()}
+    return metrics
+
+
 def _deviation(histogram_K: Tensor) -> float:
     """Standard deviation of a whole number from how often 0, 1, 2, ... came."""
     share_K = histogram_K / histogram_K.sum().clamp(min=1)
@@ -73,7 +118,7 @@ def depth_metrics(ledger: Ledger) -> dict[str, float]:
     metrics = {}
     passes = {s: sums for s, sums in ledger.statistics.items() if "places" in sums}
     for site, sums in passes.items():
-        name = f"{site.module.removeprefix('depth.')}.{site.depth}"
+        name = place_of(site)
         metrics[f"depth/selected_share_{name}"] = float(sums["selected"]) / max(
             float(sums["candidates"]), 1
         )

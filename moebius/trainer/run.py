@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moebius.data.build import Quarantined, build_stream, validation_readers
 from moebius.data.corpus import Corpora
@@ -155,6 +156,11 @@ class Run:
         """Give numbers of the present step to every callback that shows or stores them."""
         for callback in self.callbacks:
             callback.on_metrics(self, metrics)
+
+    def show(self, name: str, image_HWC: Tensor) -> None:
+        """Give a picture of the present step to every callback that shows or stores it."""
+        for callback in self.callbacks:
+            callback.on_picture(self, name, image_HWC)
 
     def tell(self, kind: str, text: str) -> None:
         """Tell every callback that shows or stores it of something out of the ordinary."""

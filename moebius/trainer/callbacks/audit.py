@@ -39,7 +39,8 @@ class AuditCallback(Callback):
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """Note the step that has just ended."""
         if self.writer is not None:
-            self.writer.write(run.step, report.read)
+            read = [number for batch in report.read for number in batch.sample_ids_B.tolist()]
+            self.writer.write(run.step, read)
 
     def close(self) -> None:
         """Close the log."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from moebius.data.batch import Batch
 from moebius.model.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ class StepReport:
     ledger: Ledger
     sample_ids: range
     """of the batch"""
-    read: list[int]
-    """of these, those that this process read"""
+    read: list[Batch]
+    """what this process read of these, on the host"""
 
 
 class Callback:
@@ -60,6 +61,9 @@ class Callback:
 
     def on_metrics(self, run: Run, metrics: dict[str, float]) -> None:
         """A callback published numbers for the present step, see `Run.publish`."""
+
+    def on_picture(self, run: Run, name: str, image_HWC: Tensor) -> None:
+        """A callback drew the present step, uint8 `[height, width, 3]`, see `Run.show`."""
 
     def on_end(self, run: Run) -> None:
         """After the last step, or after the step in which a stop was asked for."""

@@ -43,7 +43,8 @@ class GoodputCallback(Callback):
         if run.reports:
             self._note(run)
             shares = goodput(self.attempts)
-            run.publish({f"goodput/{name}": share for name, share in shares.items()})
+            starts = {"health/starts": float(len(self.attempts))}
+            run.publish({f"goodput/{n}": share for n, share in shares.items()} | starts)
 
     def on_end(self, run: Run) -> None:
         """Note what came after the last step."""

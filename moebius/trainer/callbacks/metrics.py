@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+import math
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from moebius.model.cost import planned_work, training_flops
+from moebius.model.ledger import Ledger
 from moebius.parallel.comm import Traffic
 from moebius.parallel.together import gathered
 from moebius.trainer.callbacks.base import Callback, StepReport
 from moebius.trainer.machine import AUTOCAST, matmul_flops_per_second
-from moebius.trainer.metrics import executed_rows, ffn_flops_per_token, routing_metrics
+from moebius.trainer.metrics import (
+    executed_rows,
+    fetched,
+    ffn_flops_per_token,
+    routing_metrics,
+)
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
 
 LEAST_SECONDS = 0.01
 """a step of less is not worth a report"""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a process knows of itself alone."""
+
+    busy: float
+    """seconds of a step in which it waited for no other one"""
+    peak: float
+    """FLOPs per second that its device can do"""
+    memory: int
+    """most bytes that it has had"""
+    labels: int
+    """tokens that it has read to be predicted; others may have read the same"""
+    text: int
+    """bytes of their text"""
 
 
 class MetricsCallback(Callback):
@@ -56,40 +82,51 @@ class MetricsCallback(Callback):
 
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """Stop the clock, after the device caught up if this step is to be reported."""
-        config = run.config
-        metrics = {}
-        if run.reports:
-            metrics = {
-                **{f"train/{name}": float(loss) for name, loss in report.losses.items()},
-                "train/grad_norm": float(report.grad_norm),
-                "train/lr": report.lr,
-                "train/tokens": float(run.stream.position * config.data.sequence_length),
-            }
+        ledger = fetched(report.ledger) if run.reports else None
         passed = time.perf_counter() - self.began
         self.seconds += passed
         self.busy += passed - (run.layout.mesh.traffic.waited - self.waited)
         self.steps += 1
-        if metrics:
-            routing = routing_metrics(run.blueprint, report.ledger)
-            traffic = communication(run.layout.mesh.traffic.take(), self.steps)
-            speed = self._speed(run, report) | self._compare(run, self.busy / self.steps)
-            run.publish(metrics | routing | traffic | speed | mixture_metrics(run))
+        if ledger is not None:
+            self._report(run, report, ledger)
             self.seconds, self.busy, self.steps, run.stream.waited = 0.0, 0.0, 0, 0.0
 
-    def _speed(self, run: Run, report: StepReport) -> dict[str, float]:
-        """MFU counts executed FLOPs: chosen FFN experts and selected tokens, not possible ones."""
+    def _report(self, run: Run, report: StepReport, ledger: Ledger) -> None:
+        """Publish; a collective call, one for all that processes know of themselves alone."""
+        traffic = run.layout.mesh.traffic.take()
+        shares = gathered(self._own(run, report))
+        run.publish(
+            training_metrics(run, report, shares)
+            | routing_metrics(run.blueprint, ledger)
+            | communication(traffic, self.steps)
+            | self._speed(run, ledger, sum(share.peak for share in shares))
+            | self._compare(run, [share.busy for share in shares])
+            | {"memory/peak_gigabytes": max(share.memory for share in shares) / 1e9}
+            | mixture_metrics(run)
+        )
+
+    def _own(self, run: Run, report: StepReport) -> Share:
         self._measure(run, seconds=0.05)
+        return Share(
+            busy=self.busy / self.steps,
+            peak=self.peak,
+            memory=peak_memory(run.device),
+            labels=sum(batch.num_tokens for batch in report.read),
+            text=sum(int(run.token_bytes_V[batch.labels_BS].sum()) for batch in report.read),
+        )
+
+    def _speed(self, run: Run, ledger: Ledger, peak: float) -> dict[str, float]:
+        """MFU counts executed FLOPs: chosen FFN experts and selected tokens, not possible ones.
+
+        `peak` is that of all devices.
+        """
         rows, length = run.config.train.batch_size, run.config.data.sequence_length
         steps_per_second = self.steps / self.seconds
-        work = report.ledger.work
-        executed = training_flops(run.blueprint, work, executed_rows(report.ledger))
+        executed = training_flops(run.blueprint, ledger.work, executed_rows(ledger))
         planned = planned_work(run.blueprint, rows, length, run.step - 1)
         nominal = training_flops(run.blueprint, planned)
-        peak = float(run.layout.mesh.world.all_reduce(torch.tensor(self.peak, dtype=torch.float64)))
         return {
-            "speed/ffn_flops_per_token": ffn_flops_per_token(
-                run.blueprint, report.ledger, rows * length
-            ),
+            "speed/ffn_flops_per_token": ffn_flops_per_token(run.blueprint, ledger, rows * length),
             "speed/tokens_per_second": rows * length * steps_per_second,
             "speed/step_seconds": 1 / steps_per_second,
             "speed/data_wait": run.stream.waited / self.seconds,
@@ -97,13 +134,12 @@ class MetricsCallback(Callback):
             "speed/mfu_nominal": nominal * steps_per_second / peak,
         }
 
-    def _compare(self, run: Run, busy: float) -> dict[str, float]:
-        """Compare how long processes work, and tell of those that do longer; a collective call.
+    def _compare(self, run: Run, seconds: Sequence[float]) -> dict[str, float]:
+        """Compare how long processes work, and tell of those that do longer.
 
         The time of a step is the same for all: who is fast waits. What FSDP2 and DeepSpeed wait for
         by themselves, and a device for others, is not known and counts as work.
         """
-        seconds = gathered(busy)
         before, self.slow = self.slow, stragglers(seconds, run.config.recovery.straggler_ratio)
         for number in set(before) & set(self.slow):  # once may be chance
             ratio = seconds[number] / statistics.median(seconds)
@@ -120,6 +156,30 @@ class MetricsCallback(Callback):
         """Keep the best rate seen: measured once, another process could halve it for good."""
         dtype = AUTOCAST[run.config.train.precision] or torch.float32
         self.peak = max(self.peak, matmul_flops_per_second(run.device, dtype, seconds))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has had so far: allocated on CUDA, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def training_metrics(run: Run, report: StepReport, shares: Sequence[Share]) -> dict[str, float]:
+    """Losses, the optimizer's numbers and how far the run is."""
+    metrics = {f"train/{name}": float(loss) for name, loss in report.losses.items()}
+    labels, text = sum(share.labels for share in shares), sum(share.text for share in shares)
+    metrics |= {
+        "train/bits_per_byte": metrics["train/loss"] / math.log(2) * labels / text,
+        "train/grad_norm": float(report.grad_norm),
+        "train/lr": report.lr,
+        "train/tokens": float(run.stream.position * run.config.data.sequence_length),
+    }
+    samples = run.stream.num_samples
+    if samples is not None and len(samples) == 1:
+        metrics["train/epoch"] = run.stream.position / samples[0]
+    return metrics
 
 
 def stragglers(seconds: Sequence[float], ratio: float) -> list[int]:

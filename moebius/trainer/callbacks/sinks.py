@@ -6,10 +6,12 @@ import json
 import math
 from typing import TYPE_CHECKING, TextIO
 
+from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from moebius.files import write_whole
 from moebius.trainer.callbacks.base import Callback
+from moebius.trainer.tags import LAYOUT
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
@@ -71,6 +73,7 @@ class TensorBoardSink(Callback):
         if run.step == 0:
             text = (run.folder / "config.yaml").read_text()
             self.writer.add_text("run/config", f"```yaml\n{text}\n```", 0)
+            self.writer.add_custom_scalars(LAYOUT)
 
     def on_metrics(self, run: Run, metrics: dict[str, float]) -> None:
         """Write scalars at the optimizer step."""
@@ -78,6 +81,11 @@ class TensorBoardSink(Callback):
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, run.step)
             self.writer.flush()
+
+    def on_picture(self, run: Run, name: str, image_HWC: Tensor) -> None:
+        """Write an image at the optimizer step."""
+        if self.writer is not None:
+            self.writer.add_image(name, image_HWC, run.step, dataformats="HWC")
 
     def close(self) -> None:
         """Close the event file."""

@@ -31,6 +31,7 @@ from moebius.trainer.callbacks.goodput import GoodputCallback
 from moebius.trainer.callbacks.guard import GuardCallback
 from moebius.trainer.callbacks.interrupt import FOR_GOOD, InterruptCallback, reason
 from moebius.trainer.callbacks.metrics import MetricsCallback
+from moebius.trainer.callbacks.pictures import PicturesCallback
 from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
 from moebius.trainer.commands.arguments import whole
@@ -201,6 +202,7 @@ def callbacks_of(config: RunConfig, console: Console) -> list[Callback]:
             GoodputCallback(),
             JsonlSink(),
             TensorBoardSink(),
+            PicturesCallback(),
             RoutingRecorder(),
         ]
     if config.log.audit:
