@@ -65,7 +65,7 @@ def saved_state(run: Run) -> dict[str, Tensor]:
 def logged(folder: str | Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock or the layout."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    other = ("speed/", "communication/", "goodput/")
+    other = ("speed/", "communication/", "goodput/", "memory/", "health/")
     return [
         {k: v for k, v in json.loads(line).items() if not k.startswith(other)} for line in lines
     ]
