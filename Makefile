@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-BENCHMARKS := layer step zero_experts recursion head optimizers quickstart quickstart_speed \
+BENCHMARKS := monitoring layer step zero_experts recursion head optimizers quickstart quickstart_speed \
 	data dispatch context ring checkpoint planning planned_memory
 
 .PHONY: quickstart test test-slow bench bench-gpu deepspeed lint clean

@@ -1,12 +1,13 @@
 """Sixty SIGKILLs in all phases of a run, which ends as if nothing had happened."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 from torch import Tensor
 
 from moebius.data.audit import compare, read_audit
@@ -115,6 +116,18 @@ def test_kills_leave_no_trace(
     assert all(torch.equal(whole[name], own[name]) for name in whole)
     assert optimizer_files(tmp_path / "whole") == optimizer_files(tmp_path / "killed")
     assert_same_samples(tmp_path, num_steps * rows)
+    assert_one_curve(tmp_path / "killed", range(1, num_steps + 1))
+
+
+def assert_one_curve(folder: Path, steps: Iterable[int]) -> None:
+    """TensorBoard shows every step once, however often it was done."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={SCALARS: 0}).Reload()
+    names = events.Tags()["scalars"]
+    assert "train/loss" in names
+    for name in names:
+        seen = [event.step for event in events.Scalars(name)]
+        assert len(seen) == len(set(seen)), name
+    assert [event.step for event in events.Scalars("train/loss")] == list(steps)
 
 
 LAYOUTS: list[tuple[int, Sequence[str]]] = [

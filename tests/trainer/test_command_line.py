@@ -58,6 +58,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data_config: DataConfig) -
     return folder
 
 
+def test_a_quiet_run_prints_nothing_and_logs_as_ever(
+    run_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    tree = run_tree | {"train": run_tree["train"] | {"num_steps": 3}}
+    result = moebius("train", write_config(tree, tmp_path / "run.yaml"), "--quiet")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert len((Path(tree["run_dir"]) / "metrics.jsonl").read_text().splitlines()) >= 3
+
+
 def test_train_prints_plain_lines_and_what_to_do_next(trained: Path) -> None:
     """Not a terminal: no escape codes, no carriage returns, one line per report."""
     output = (trained / "output").read_text()

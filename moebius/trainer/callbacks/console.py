@@ -31,7 +31,7 @@ class ConsoleCallback(Callback):
             BarColumn(),
             TextColumn("{task.fields[status]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=console.quiet or not console.is_terminal,
         )
 
     def on_start(self, run: Run) -> None:

@@ -25,6 +25,7 @@ from moebius.trainer.metrics import (
     ffn_flops_per_token,
     routing_metrics,
 )
+from moebius.trainer.watch.phases import PhaseClock
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
@@ -65,6 +66,7 @@ class MetricsCallback(Callback):
         self.steps = 0
         self.began = 0.0
         self.waited = 0.0
+        self.phases = PhaseClock()
         self.busy = 0.0
         """seconds in steps without those in which other processes were waited for"""
         self.slow: list[int] = []
@@ -73,6 +75,9 @@ class MetricsCallback(Callback):
     def on_start(self, run: Run) -> None:
         """Measure the machine, and count from here."""
         self.seconds, self.busy, self.steps = 0.0, 0.0, 0
+        self.phases.take()
+        if self.phases.mark not in run.progress.listeners:
+            run.progress.listeners.append(self.phases.mark)
         self._measure(run, seconds=0.3)
 
     def on_step_start(self, run: Run) -> None:
@@ -83,6 +88,7 @@ class MetricsCallback(Callback):
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """Stop the clock, after the device caught up if this step is to be reported."""
         ledger = fetched(report.ledger) if run.reports else None
+        self.phases.stop()
         passed = time.perf_counter() - self.began
         self.seconds += passed
         self.busy += passed - (run.layout.mesh.traffic.waited - self.waited)
@@ -124,12 +130,15 @@ class MetricsCallback(Callback):
         steps_per_second = self.steps / self.seconds
         executed = training_flops(run.blueprint, ledger.work, executed_rows(ledger))
         planned = planned_work(run.blueprint, rows, length, run.step - 1)
+        phases = {f"speed/{n}_seconds": s / self.steps for n, s in self.phases.take().items()}
         nominal = training_flops(run.blueprint, planned)
         return {
             "speed/ffn_flops_per_token": ffn_flops_per_token(run.blueprint, ledger, rows * length),
             "speed/tokens_per_second": rows * length * steps_per_second,
             "speed/step_seconds": 1 / steps_per_second,
             "speed/data_wait": run.stream.waited / self.seconds,
+            "speed/communication_wait": (self.seconds - self.busy) / self.seconds,
+            **phases,
             "speed/mfu": executed * steps_per_second / peak,
             "speed/mfu_nominal": nominal * steps_per_second / peak,
         }

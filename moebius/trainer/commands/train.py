@@ -63,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with a run_dir of another config; the weights must still fit",
     )
     parser.add_argument(
+        "--quiet", action="store_true", help="print nothing but errors; logs are written as ever"
+    )
+    parser.add_argument(
         "--stopped-exit-code",
         type=whole(0, 255),
         default=STOPPED,
@@ -129,7 +132,7 @@ def _train(
     prepared: Sequence[str],
 ) -> int:
     """What each process does; one of them writes and prints."""
-    console = console if is_main() else Console(quiet=True)
+    console = console if is_main() and not arguments.quiet else Console(quiet=True)
     if not arguments.allow_changes:
         check_folder(config)
     say = partial(_print, console)
