@@ -18,6 +18,7 @@ SCRIPTS = {
     "recursion": [],
     "head": [],
     "optimizers": [],
+    "monitoring": [],
     "planning": [],
     "planned_memory": [],
     "gpu": ["--device", "cpu"],
@@ -100,6 +101,9 @@ def test_every_benchmark_writes_its_result(tmp_path: Path) -> None:
     assert kept["adamw"] == pytest.approx(8, abs=0.1)
     assert 4 < kept["muon"] < 8
 
+    watching = read(tmp_path, "monitoring")
+    assert watching["watching"].keys() == watching["chance"].keys() >= {"overhead", "pairs"}
+
     gpu = read(tmp_path, "gpu")
     for operation, backends in gpu["operations"].items():
         assert all("floor_over_time" in about for about in backends.values()), operation
@@ -108,7 +112,8 @@ def test_every_benchmark_writes_its_result(tmp_path: Path) -> None:
     assert {name for name, about in steps.items() if "mfu" in about} == {
         "moebius, torch, balanced",
         "moebius, torch, learned",
-        "transformers, mixtral",
+        "transformers, mixtral, autocast",
+        "transformers, mixtral, all in bf16",
     }
 
 
