@@ -105,7 +105,7 @@ LAYOUT = {
     "2 experts": {
         "load, busiest over mean": ["Multiline", ["width/load_max_over_mean"]],
         "share of experts that compute": ["Multiline", ["width/computing_share"]],
-        "experts per token": ["Multiline", ["width/experts_per_token"]],
+        "experts per token": ["Multiline", ["width/experts_per_token$"]],
         "dead and dropped": ["Multiline", ["width/dead_share", "width/dropped_share"]],
     },
     "3 recursion": {
