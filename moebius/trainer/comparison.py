@@ -87,7 +87,7 @@ class Comparison:
     weights: tuple[Difference, ...] = ()
     """after that step, in the order of a forward pass"""
     largest: tuple[int, Difference] | None = None
-    """of the metrics of all steps, and its step"""
+    """of all steps, and at which: of the metrics, or of the weights where these are alike"""
     evaluation_only: bool = False
     """whether nothing but evaluations differs, at any step"""
     missing: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
@@ -142,7 +142,8 @@ def compare(first: Course, second: Course, tolerance: float) -> Comparison:
         spans = [f"'{c.path}' has {min(c.metrics)} to {max(c.metrics)}" for c in (first, second)]
         raise CheckpointError(f"compare: no step in common: {', '.join(spans)}")
     there: dict[str, Any] = {}
-    largest: tuple[int, Difference] | None = None
+    largest: dict[bool, tuple[int, Difference]] = {}
+    """by whether it is of a metric"""
     evaluation_only = True
     for step in steps:
         metrics = _differences(first.metrics[step], second.metrics[step], "metric", tolerance)
@@ -157,15 +158,16 @@ def compare(first: Course, second: Course, tolerance: float) -> Comparison:
         }
         training = [d for d in metrics if not d.name.startswith(EVALUATION)]
         evaluation_only = evaluation_only and not (training or gradients or weights)
-        for difference in metrics:
-            if largest is None or difference.relative > largest[1].relative:
-                largest = (step, difference)
+        for difference in (*metrics, *weights):
+            known = largest.get(difference.kind == "metric")
+            if known is None or difference.relative > known[1].relative:
+                largest[difference.kind == "metric"] = (step, difference)
     names = [{name for own in c.metrics.values() for name in own} for c in (first, second)]
     return Comparison(
         steps=len(steps),
         traced=(len(first.traced), len(second.traced)),
         **there,
-        largest=largest,
+        largest=largest.get(True, largest.get(False)),
         evaluation_only=bool(there) and evaluation_only,
         missing=(tuple(sorted(names[0] - names[1])), tuple(sorted(names[1] - names[0]))),
     )

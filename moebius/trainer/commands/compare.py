@@ -62,7 +62,10 @@ def _plain(node: Any) -> Any:
 def show(found: Comparison, arguments: argparse.Namespace, console: Console) -> None:
     """Print it as text."""
     folders = arguments.run, arguments.other
-    _say(console, f"{found.steps:,} steps in both, alike up to a relative {arguments.rtol:g}:")
+    _say(
+        console,
+        f"{found.steps:,} steps in both; alike is what differs by at most {arguments.rtol:g}",
+    )
     if found.step is None:
         _say(console, "no difference")
     else:
@@ -90,14 +93,13 @@ def _show_step(found: Comparison, step: int, console: Console) -> None:
     for row in rows:  # no table of rich, which would cut names where the terminal is narrow
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         _say(console, f"  {'  '.join(cells).rstrip()}")
-    for differences in kinds:
+    for kind, differences in zip(("metrics", "gradients", "weights"), kinds, strict=True):
         if differences[ROWS:]:
             most = max(differences, key=lambda difference: difference.relative)
-            kind = "metrics" if most.kind == "metric" else "tensors"
-            _say(console, f"and {len(differences) - ROWS} more {kind}; most: {_words(most)}")
+            _say(console, f"and {len(differences) - ROWS} more {kind}; the largest: {_words(most)}")
     if found.largest is not None:
         at, most = found.largest
-        _say(console, f"the largest difference of a metric, at step {at}: {_words(most)}")
+        _say(console, f"the largest difference is at step {at}: {_words(most)}")
 
 
 def _row(difference: Difference) -> tuple[str, ...]:
