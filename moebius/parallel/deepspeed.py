@@ -71,6 +71,7 @@ class DeepSpeedEngine:
         config: DeepSpeedConfig,
     ) -> None:
         self.skips = False
+        self.squares: dict[str, Tensor] | None = None
         self.deepspeed = import_deepspeed(placed[0].parameter.device)
         check_parameters(placed)
         self.placed = placed

@@ -7,6 +7,7 @@ whole step's loss, so reducing them adds up and never divides.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,12 +25,27 @@ MakeOptimizer = Callable[[Iterable[tuple[nn.Parameter, ParameterSpec]]], torch.o
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """What a process has of a parameter's gradient."""
+
+    name: str
+    """of the parameter"""
+    value: Tensor
+    role: Role
+    replicas: int
+    """processes that have the same elements"""
+
+
 class Engine(Protocol):
     """What the training loop sees."""
 
     optimizer: torch.optim.Optimizer
     skips: bool
     """whether a step can be left out on the device"""
+    squares: dict[str, Tensor] | None
+    """if it is a dict, every step leaves there the square of the norm of each parameter's gradient
+    before clipping, as the part of this process in the sum over all; not so with DeepSpeed"""
 
     def step(self, clip_norm: float, sound: Tensor | None = None) -> Tensor:
         """Reduce, clip and apply the gradients, and drop them; returns the norm before clipping.
@@ -63,6 +79,7 @@ class ReplicatedEngine:
     ) -> None:
         self.placed = placed
         self.mesh = mesh
+        self.squares: dict[str, Tensor] | None = None
         self.uneven = {
             group: [p.parameter for p in members]
             for group, members in tied(p for p in placed if p.spec.role in whole).items()
@@ -83,18 +100,19 @@ class ReplicatedEngine:
     def step(self, clip_norm: float, sound: Tensor | None = None) -> Tensor:
         """See `Engine`."""
         self.reduce()
-        norm = clip(self._gradients(), self.mesh, clip_norm)
+        norm = clip(self._gradients(), self.mesh, clip_norm, self.squares)
         step_where(self.optimizer, norm, sound)
         self.optimizer.zero_grad()
         for group, parameters in self.uneven.items():
             adopt(group, parameters)
         return norm
 
-    def _gradients(self) -> Iterable[tuple[Tensor, Role, int]]:
+    def _gradients(self) -> Iterable[Gradient]:
         stage_size = self.mesh.world.size // self.mesh.depth.size
         for p in self.placed:
             if p.parameter.grad is not None:
-                yield p.parameter.grad, p.spec.role, p.placement.replicas(stage_size)
+                replicas = p.placement.replicas(stage_size)
+                yield Gradient(p.name, p.parameter.grad, p.spec.role, replicas)
 
     def parts(self) -> dict[str, Part]:
         """See `Engine`."""
@@ -198,21 +216,31 @@ def adopt(group: Group, tensors: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def clip(gradients: Iterable[tuple[Tensor, Role, int]], mesh: Mesh, clip_norm: float) -> Tensor:
-    """Scale gradients, given with role and number of copies, as `Engine.step` says.
+def clip(
+    gradients: Iterable[Gradient],
+    mesh: Mesh,
+    clip_norm: float,
+    kept: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """Scale gradients as `Engine.step` says, and keep what `Engine.squares` says.
 
     Every element counts once, wherever and however often it is held. A collective call.
     """
+    if kept is not None:
+        kept.clear()
     groups: tuple[list[Tensor], list[Tensor]] = ([], [])
     squares = torch.zeros(2, dtype=torch.float64, device=mesh.device_type)
-    for gradient, role, replicas in gradients:
-        number = int(role is Role.AUX_ROUTER)
-        groups[number].append(gradient)
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-        squares[number] += norm.square() / replicas
+    for gradient in gradients:
+        number = int(gradient.role is Role.AUX_ROUTER)
+        groups[number].append(gradient.value)
+        norm = torch.linalg.vector_norm(gradient.value, dtype=torch.float64)
+        square = norm.square() / gradient.replicas
+        squares[number] += square
+        if kept is not None:  # of some engines a process has several pieces of a parameter
+            kept[gradient.name] = kept.get(gradient.name, 0) + square
     norms = mesh.world.all_reduce(squares).sqrt()
     for norm, members in zip(norms, groups, strict=True):
         factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in members:
-            gradient.mul_(factor.to(gradient.dtype))
+        for value in members:
+            value.mul_(factor.to(value.dtype))
     return norms[0] + 0 * norms[1]  # not finite where either is not

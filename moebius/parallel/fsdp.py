@@ -26,9 +26,15 @@ from moebius.model.context import StepContext, TokenContext
 from moebius.model.executor import Flow, LocalExecutor, TokenBatch
 from moebius.model.moe.experts import DispatchedExperts
 from moebius.model.objective import TeacherModel
-from moebius.model.parameters import Role
 from moebius.model.program import Program, Unit
-from moebius.parallel.engine import MakeOptimizer, begin_state, clip, step_where, sum_tensors
+from moebius.parallel.engine import (
+    Gradient,
+    MakeOptimizer,
+    begin_state,
+    clip,
+    step_where,
+    sum_tensors,
+)
 from moebius.parallel.mesh import Mesh, partition
 from moebius.parallel.messages import put_together, taken_apart
 from moebius.parallel.part import Part, Parts
@@ -196,6 +202,7 @@ class FSDPEngine:
         self, executor: ShardedExecutor, placed: Sequence[Placed], mesh: Mesh, make: MakeOptimizer
     ) -> None:
         self.mesh = mesh
+        self.squares: dict[str, Tensor] | None = None
         named = dict(executor.decoder.named_parameters())
         self.placed = [replace(p, parameter=named[p.name]) for p in placed]
         # A parameter without elements (constants of a pool that has none) was left as it is.
@@ -206,7 +213,7 @@ class FSDPEngine:
     def step(self, clip_norm: float, sound: Tensor | None = None) -> Tensor:
         """See `Engine`; over the data axes FSDP2 has reduced already."""
         self._add_up_rest()
-        norm = clip(self._gradients(), self.mesh, clip_norm)
+        norm = clip(self._gradients(), self.mesh, clip_norm, self.squares)
         step_where(self.optimizer, norm, sound)
         self.optimizer.zero_grad()
         return norm
@@ -219,14 +226,14 @@ class FSDPEngine:
             members = [p.parameter for p in self.placed if p.placement.reduce is whole]
             sum_tensors(group, [local(p.grad) for p in members if p.grad is not None])
 
-    def _gradients(self) -> Iterable[tuple[Tensor, Role, int]]:
+    def _gradients(self) -> Iterable[Gradient]:
         mesh = self.mesh
         stage_size = mesh.world.size // mesh.depth.size
         for p in self.placed:
             if p.parameter.grad is not None:
                 shards = mesh.edp if p.placement.reduce is mesh.edp else mesh.shard
                 replicas = p.placement.replicas(stage_size) // shards.size
-                yield local(p.parameter.grad), p.spec.role, replicas
+                yield Gradient(p.name, local(p.parameter.grad), p.spec.role, replicas)
 
     def parts(self) -> dict[str, Part]:
         """See `Engine`."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moebius.model.parameters import Role
 from moebius.parallel.comm import Group
 from moebius.parallel.engine import (
+    Gradient,
     MakeOptimizer,
     adopt,
     agree_on_use,
@@ -225,6 +226,7 @@ class ZeroEngine:
     ) -> None:
         self.placed = placed
         self.mesh = mesh
+        self.squares: dict[str, Tensor] | None = None
         groups: dict[tuple[object, object, bool], list[Placed]] = {}
         for p in placed:
             if p.spec.role is not Role.FROZEN:
@@ -247,21 +249,22 @@ class ZeroEngine:
         """See `Engine`."""
         for bucket in self.buckets:
             bucket.reduce()
-        norm = clip(self._gradients(), self.mesh, clip_norm)
+        norm = clip(self._gradients(), self.mesh, clip_norm, self.squares)
         step_where(self.optimizer, norm, sound)
         self.optimizer.zero_grad()
         for bucket in self.buckets:
             bucket.publish()
         return norm
 
-    def _gradients(self) -> Iterable[tuple[Tensor, Role, int]]:
+    def _gradients(self) -> Iterable[Gradient]:
         stage_size = self.mesh.world.size // self.mesh.depth.size
         for piece in self.pieces:
             if piece.own.grad is not None:
                 placement = piece.of.placement
                 # Of the processes that add up gradients only one has this part of the sum.
                 replicas = placement.replicas(stage_size) // placement.reduce.size
-                yield piece.own.grad, piece.of.spec.role, replicas
+                of = piece.of
+                yield Gradient(of.name, piece.own.grad, of.spec.role, replicas)
 
     def parts(self) -> dict[str, Part]:
         """See `Engine`."""

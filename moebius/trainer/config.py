@@ -108,6 +108,9 @@ class LogConfig(ConfigNode):
     selector `replay`"""
     audit: bool = False
     """write which samples each process reads to `<run_dir>/audit`, for `moebius audit`"""
+    trace: bool = False
+    """write norms of the gradient and the values of every parameter after every step to
+    `<run_dir>/trace.jsonl`, for `moebius compare`"""
 
 
 class RunConfig(ConfigNode):

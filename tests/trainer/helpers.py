@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from moebius.parallel.world import is_main
 from moebius.trainer.callbacks.base import Callback, StepReport
 from moebius.trainer.callbacks.interrupt import InterruptCallback
 from moebius.trainer.commands.train import callbacks_of
+from moebius.trainer.comparison import MACHINE
 from moebius.trainer.config import RunConfig
 from moebius.trainer.folder import check_folder, claim_folder, lock_folder
 from moebius.trainer.loop import train
@@ -40,12 +42,15 @@ class StopAfter(Callback):
             run.consensus.vote("stop", 2)
 
 
-def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
+def train_run(
+    config: RunConfig, stop_after: int | None = None, beside: Sequence[Callback] = ()
+) -> Run:
     """Train as `moebius train` does, without a terminal and without signals."""
     check_folder(config)
     quiet = Console(file=open(os.devnull, "w"))  # noqa: SIM115
     callbacks = [
         StopAfter(stop_after),
+        *beside,
         *(c for c in callbacks_of(config, quiet) if not isinstance(c, InterruptCallback)),
     ]
     run = Run(config, open_corpora(config.data), callbacks)
@@ -65,9 +70,8 @@ def saved_state(run: Run) -> dict[str, Tensor]:
 def logged(folder: str | Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock or the layout."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    other = ("speed/", "communication/", "goodput/", "memory/", "health/")
     return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(other)} for line in lines
+        {k: v for k, v in json.loads(line).items() if not k.startswith(MACHINE)} for line in lines
     ]
 
 

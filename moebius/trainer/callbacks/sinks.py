@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
@@ -15,6 +17,8 @@ from moebius.trainer.tags import LAYOUT
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
+
+METRICS = "metrics.jsonl"
 
 
 class JsonlSink(Callback):
@@ -28,25 +32,37 @@ class JsonlSink(Callback):
 
     def on_start(self, run: Run) -> None:
         """Open the log without the lines of steps that are about to be done again."""
-        path = run.folder / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_text(errors="replace").splitlines()
-            kept = [line for line in lines if _step_of(line) <= run.step] if run.step else []
-            write_whole(path, "".join(f"{line}\n" for line in kept))
-        self.file = path.open("a")
+        self.file = open_log(run.folder / METRICS, run.step)
 
     def on_metrics(self, run: Run, metrics: dict[str, float]) -> None:
         """Append a line, visible to readers at once."""
         if self.file is not None:
-            # JSON has no word for numbers that are not finite.
-            plain = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
-            self.file.write(json.dumps({"step": run.step, **plain}) + "\n")
-            self.file.flush()
+            write_line(self.file, run.step, {n: finite(v) for n, v in metrics.items()})
 
     def close(self) -> None:
         """Close the file."""
         if self.file is not None:
             self.file.close()
+
+
+def open_log(path: Path, step: int) -> TextIO:
+    """Open a log of a run that goes on after a step, without the lines of later ones."""
+    if path.exists():
+        lines = path.read_text(errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= step] if step else []
+        write_whole(path, "".join(f"{line}\n" for line in kept))
+    return path.open("a")
+
+
+def write_line(file: TextIO, step: int, values: Mapping[str, Any]) -> None:
+    """Append what belongs to a step as a line of JSON, visible to readers at once."""
+    file.write(json.dumps({"step": step, **values}) + "\n")
+    file.flush()
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON has it: there is no word for those that are not finite."""
+    return value if math.isfinite(value) else None
 
 
 def _step_of(line: str) -> int:

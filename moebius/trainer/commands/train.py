@@ -34,6 +34,7 @@ from moebius.trainer.callbacks.metrics import MetricsCallback
 from moebius.trainer.callbacks.pictures import PicturesCallback
 from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
+from moebius.trainer.callbacks.trace import TraceCallback
 from moebius.trainer.commands.arguments import whole
 from moebius.trainer.commands.preparing import workshop
 from moebius.trainer.config import RunConfig, settings
@@ -210,6 +211,8 @@ def callbacks_of(config: RunConfig, console: Console) -> list[Callback]:
         ]
     if config.log.audit:
         callbacks.append(AuditCallback())
+    if config.log.trace:
+        callbacks.append(TraceCallback())
     return callbacks
 
 
