@@ -15,7 +15,7 @@ from moebius.trainer.callbacks.sinks import METRICS
 from moebius.trainer.callbacks.trace import TRACE
 
 MACHINE = ("speed/", "communication/", "goodput/", "memory/", "health/")
-"""metrics of time, of machines and of interruptions: they differ between equal runs, and are not compared"""
+"""metrics of time, machines and interruptions: they differ between equal runs, and are left out"""
 EVALUATION = "eval/"
 Weight = tuple[float, float]
 """norm and projection"""
