@@ -26,7 +26,7 @@ class Tag:
 MOE, DEPTH = "experts", "a router over depth"
 CHOICE, EXPERT_CHOICE = "tokens that choose their depth", "passes that choose their tokens"
 MIXTURE, SEVERAL, EXITS = "a mixture of corpora", "several processes", "early exits"
-STANDING = "evaluation"
+EVALUATION = "evaluation"
 TAGS = (
     Tag("train/loss", "mean cross-entropy of the step in nats per token, without auxiliary losses"),
     Tag("train/bits_per_byte", "the same in bits per byte of the text of the labels"),
@@ -35,8 +35,8 @@ TAGS = (
     Tag("train/lr", "learning rate"),
     Tag("train/tokens", "tokens of the stream up to here, those of samples left out included"),
     Tag("train/epoch", "how often the corpus has been read", "a single corpus"),
-    Tag("eval/loss", "validation loss, passes selecting causally as generation does", STANDING),
-    Tag("eval/bits_per_byte", "the same in bits per byte", STANDING),
+    Tag("eval/loss", "validation loss, passes selecting causally as generation does", EVALUATION),
+    Tag("eval/bits_per_byte", "the same in bits per byte", EVALUATION),
     Tag("eval/topk_loss", "selecting as in training, looking ahead", EXPERT_CHOICE),
     Tag("eval/topk_bits_per_byte", "the same in bits per byte", EXPERT_CHOICE),
     Tag("eval/exit_<n>_loss", "of the exit after n layer visits", EXITS),

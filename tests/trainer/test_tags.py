@@ -12,18 +12,18 @@ from moebius.trainer.config import RunConfig
 from moebius.trainer.pictures import CELL, COLD, EVEN, HOT, NONE, heat_map
 from moebius.trainer.tags import (
     DEPTH,
+    EVALUATION,
     EXPERT_CHOICE,
     LAYOUT,
     MOE,
     PICTURES,
-    STANDING,
     TAGS,
     documented,
     page,
 )
 from tests.trainer.helpers import REPOSITORY, train_run
 
-HERE = {"", MOE, DEPTH, EXPERT_CHOICE, STANDING, "a single corpus"}
+HERE = {"", MOE, DEPTH, EXPERT_CHOICE, EVALUATION, "a single corpus"}
 """what is true of the run of `run_tree`"""
 
 
