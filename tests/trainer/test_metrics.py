@@ -5,7 +5,7 @@ import torch
 
 from moebius.model.ledger import Ledger
 from moebius.model.program import Site
-from moebius.trainer.metrics import width_metrics
+from moebius.trainer.metrics import fetched, layer_metrics, width_metrics
 from tests.model.helpers import build
 
 POOL = {
@@ -15,9 +15,8 @@ POOL = {
 }
 
 
-def test_width_metrics_of_two_sites() -> None:
+def ledger_of_two_sites() -> Ledger:
     """Two layers of 3 FFN experts and a zero expert; the second drops and varies K."""
-    decoder = build(ffn=POOL, depth={"num_layers": 2}).decoder
     ledger = Ledger()
     ledger.record(
         Site("layers.0.ffn", 1),
@@ -39,6 +38,11 @@ def test_width_metrics_of_two_sites() -> None:
         logsumexp_squares=torch.tensor(140.0),
         k_histogram=torch.tensor([0.0, 5.0, 5.0]),
     )
+    return ledger
+
+
+def test_width_metrics_of_two_sites() -> None:
+    decoder, ledger = build(ffn=POOL, depth={"num_layers": 2}).decoder, ledger_of_two_sites()
     assert width_metrics(decoder, ledger) == pytest.approx(
         {
             "width/computing_share": (18 + 11) / 35,
@@ -51,6 +55,39 @@ def test_width_metrics_of_two_sites() -> None:
             "width/logsumexp_rms": 3.0,
         }
     )
+
+
+def test_each_layer_has_its_own_numbers() -> None:
+    decoder = build(ffn=POOL, depth={"num_layers": 2}).decoder
+    found = layer_metrics(decoder, ledger_of_two_sites())
+    second = {n: v for n, v in found.items() if n.startswith("layers/1.ffn.1/")}
+    assert found["layers/0.ffn.1/load_max_over_mean"] == 1
+    assert second == pytest.approx(
+        {
+            "layers/1.ffn.1/computing_share": 11 / 15,
+            "layers/1.ffn.1/experts_per_token": 1.5,
+            "layers/1.ffn.1/load_max_over_mean": 12 / 5,
+            "layers/1.ffn.1/dead_share": 2 / 4,
+            "layers/1.ffn.1/entropy": 0.9,
+            "layers/1.ffn.1/dropped_share": 4 / 15,
+        }
+    )
+
+
+def test_numbers_are_fetched_in_one_piece_and_unchanged() -> None:
+    ledger = ledger_of_two_sites()
+    ledger.losses = {"switch": torch.tensor(0.25), "z": torch.tensor(1e-3)}
+    host = fetched(ledger)
+    assert list(host.statistics) == list(ledger.statistics)
+    for site, sums in ledger.statistics.items():
+        assert list(host.statistics[site]) == list(sums)
+        for name, value in sums.items():
+            assert host.statistics[site][name].dtype == value.dtype
+            assert torch.equal(host.statistics[site][name], value)
+    assert {name: float(loss) for name, loss in host.losses.items()} == pytest.approx(
+        {"switch": 0.25, "z": 1e-3}
+    )
+    assert fetched(Ledger()).statistics == {}
 
 
 def test_a_dense_model_has_no_width_metrics() -> None:
