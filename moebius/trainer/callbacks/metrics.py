@@ -180,7 +180,7 @@ def training_metrics(run: Run, report: StepReport, shares: Sequence[Share]) -> d
     metrics = {f"train/{name}": float(loss) for name, loss in report.losses.items()}
     labels, text = sum(share.labels for share in shares), sum(share.text for share in shares)
     metrics |= {
-        "train/bits_per_byte": metrics["train/loss"] / math.log(2) * labels / text,
+        "train/bits_per_byte": metrics["train/loss"] / math.log(2) * labels / max(text, 1),
         "train/grad_norm": float(report.grad_norm),
         "train/lr": report.lr,
         "train/tokens": float(run.stream.position * run.config.data.sequence_length),
