@@ -31,7 +31,7 @@ from moebius.trainer.commands.preparing import workshop
 from moebius.trainer.commands.train import callbacks_of
 from moebius.trainer.config import RunConfig
 from moebius.trainer.config_file import load_config
-from moebius.trainer.loop import train_step
+from moebius.trainer.loop import advance
 from moebius.trainer.run import Run
 
 NEVER = "100000"
@@ -68,13 +68,7 @@ def interval_of(run: Run) -> Callable[[], float]:
     def steps() -> float:
         began = time.perf_counter()
         for _ in range(run.config.log.interval):
-            for callback in run.callbacks:
-                callback.on_step_start(run)
-            report = train_step(run)
-            run.step += 1
-            for callback in run.callbacks:
-                callback.on_step_end(run, report)
-            run.agree()
+            advance(run)
         return time.perf_counter() - began
 
     return steps

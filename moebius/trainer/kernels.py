@@ -34,7 +34,8 @@ class KernelsConfig(ConfigNode):
 
     backend: Literal["auto", "torch", "triton"] = "auto"
     """of every operation that is not named below; auto: torch, and on a CPU attention in blocks; in
-    bf16 on Hopper GPUs and later ones triton where it is installed, and attention by varlen"""
+    bf16 on Hopper GPUs and later ones triton where it is installed, and attention by sdpa, which
+    is slower than varlen but takes heads of any size"""
     permute: Either | None = None
     """tokens to rows sorted by expert, and back"""
     grouped_gemm: Literal["torch", "triton", "megablocks"] | None = None
@@ -116,7 +117,7 @@ def _default(config: KernelsConfig, device: torch.device, dtype: torch.dtype) ->
     if device.type == "cpu":
         return Default("torch", "blocks")
     if dtype == torch.bfloat16 and is_installed("triton") and _is_timed(device):
-        return Default("triton", "varlen")
+        return Default("triton", "sdpa")
     return Default("torch", "sdpa")
 
 

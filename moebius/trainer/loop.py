@@ -27,13 +27,7 @@ def _train(run: Run) -> None:
                 callback.on_start(run)
             run.agree()
             while run.step < run.config.train.num_steps and not run.agreed["stop"]:
-                for callback in run.callbacks:
-                    callback.on_step_start(run)
-                report = train_step(run)
-                run.step += 1
-                for callback in run.callbacks:
-                    callback.on_step_end(run, report)
-                run.agree()
+                advance(run)
             for callback in run.callbacks:
                 callback.on_end(run)
     except Rewind:
@@ -43,6 +37,17 @@ def _train(run: Run) -> None:
         run.saver.abandon()
         for callback in reversed(run.callbacks):
             callback.close()
+
+
+def advance(run: Run) -> None:
+    """One step, and all that callbacks do around it."""
+    for callback in run.callbacks:
+        callback.on_step_start(run)
+    report = train_step(run)
+    run.step += 1
+    for callback in run.callbacks:
+        callback.on_step_end(run, report)
+    run.agree()
 
 
 def train_step(run: Run) -> StepReport:

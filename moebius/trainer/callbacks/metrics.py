@@ -87,7 +87,10 @@ class MetricsCallback(Callback):
 
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """Stop the clock, after the device caught up if this step is to be reported."""
-        ledger = fetched(report.ledger) if run.reports else None
+        ledger = None
+        if run.reports:
+            float(report.grad_norm)  # waits for the device, which a ledger without numbers does not
+            ledger = fetched(report.ledger)
         self.phases.stop()
         passed = time.perf_counter() - self.began
         self.seconds += passed
