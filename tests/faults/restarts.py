@@ -21,6 +21,8 @@ from moebius.trainer.cli import main
 from moebius.trainer.recovery.faults import VARIABLE
 
 FORK = multiprocessing.get_context("fork")
+GRACE = 5.0
+"""seconds"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Attempt:
 def attempt(
     words: Sequence[str], world_size: int, number: int, log: Path, timeout: float = 120
 ) -> Attempt:
-    """Start `moebius` on so many processes, and kill all once one has failed."""
+    """Start `moebius` on so many processes, and kill all once one has failed: at once where it was
+    killed, after a moment where it has ended by itself, in which others may come to the same."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -59,10 +62,12 @@ def attempt(
     ]
     for process in processes:
         process.start()
-    deadline = began + timeout
+    deadline = end = began + timeout
     while any(process.is_alive() for process in processes):
-        failed = any(process.exitcode not in (None, 0) for process in processes)
-        if failed or time.monotonic() > deadline:
+        codes = [process.exitcode for process in processes if process.exitcode]
+        if codes:
+            end = min(end, time.monotonic() + (0 if min(codes) < 0 else GRACE))
+        if time.monotonic() >= end:
             _end([p.pid for p in processes if p.is_alive() and p.pid])
         time.sleep(0.02)
     for process in processes:
