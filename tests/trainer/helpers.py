@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,18 @@ class StopAfter(Callback):
             run.consensus.vote("stop", 2)
 
 
-def train_run(config: RunConfig, stop_after: int | None = None) -> Run:
+def train_run(
+    config: RunConfig,
+    stop_after: int | None = None,
+    console: Console | None = None,
+    more: Sequence[Callback] = (),
+) -> Run:
     """Train as `moebius train` does, without a terminal and without signals."""
     check_folder(config)
-    quiet = Console(file=open(os.devnull, "w"))  # noqa: SIM115
+    quiet = console or Console(file=open(os.devnull, "w"))  # noqa: SIM115
     callbacks = [
         StopAfter(stop_after),
+        *more,
         *(c for c in callbacks_of(config, quiet) if not isinstance(c, InterruptCallback)),
     ]
     run = Run(config, open_corpora(config.data), callbacks)
