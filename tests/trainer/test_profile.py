@@ -15,11 +15,19 @@ from moebius.trainer.callbacks.base import Callback
 from moebius.trainer.config import RunConfig
 from moebius.trainer.recovery.rewind import Rewind
 from moebius.trainer.run import Run
+from tests.conftest import model_tree
 from tests.faults.test_torchrun import launch
 from tests.trainer.helpers import error_line, logged, moebius, train_run, write_config
 from tests.trainer.test_resume import config_in, same_state
 
 PHASES = ("data", "compute", "optimizer")
+
+
+@pytest.fixture
+def run_tree(run_tree: dict[str, Any]) -> dict[str, Any]:
+    """A smaller model: a step of the usual one has ten thousand events."""
+    ffn = {"kind": "dense", "intermediate_size": 48}
+    return run_tree | {"model": model_tree(ffn=ffn, depth={"num_layers": 2})}
 
 
 def profiled(
@@ -73,6 +81,8 @@ def test_chosen_steps_are_recorded_and_change_nothing(
     assert shares["step"] == "100.0%"
     parts = [float(shares[name].rstrip("%")) for name in (*PHASES, "rest")]
     assert sum(parts) == pytest.approx(100, abs=0.3)
+    measured = next(float(row[1]) for row in rows if row and row[0] == "step")
+    assert measured <= sum(span["dur"] for span in spans) / 2 / 1e3 + 0.01, "steps alone"
     calls = {row[0]: row[1] for row in rows if row and row[0].startswith("aten::")}
     assert len(calls) <= 12
     products = [e for e in events_of(path) if e["name"] == "aten::mm"]
@@ -163,16 +173,17 @@ def test_a_crash_in_a_step(run_tree: dict[str, Any], tmp_path: Path, step: int, 
     assert files_in(tmp_path / "run") == [f"step-{first}-rank-0.json.gz"]
 
 
-@pytest.mark.parametrize(("step", "first"), [(2, 3), (4, 4), (5, 4), (6, 3)])
-def test_going_back(run_tree: dict[str, Any], tmp_path: Path, step: int, first: int) -> None:
-    """To step 0 or step 3: steps are recorded when they are made again."""
+@pytest.mark.parametrize(("step", "before"), [(4, []), (5, []), (6, [3])])
+def test_going_back(run_tree: dict[str, Any], tmp_path: Path, step: int, before: list[int]) -> None:
+    """To step 3, from one that is recorded or from the one after: steps that are made again are
+    recorded again."""
     config = profiled(run_tree, tmp_path / "run", (3, 5))
     run = train_run(config, more=[RaiseIn(step, Rewind("a fault"))])
     assert run.step == 6
-    assert files_in(tmp_path / "run") == [f"step-{first}-rank-0.json.gz"]
-    found = ranges(tmp_path / "run" / "profile" / f"step-{first}-rank-0.json.gz")
-    assert found["step 5"] == 1
-    assert found["optimizer"] == 6 - first
+    names = [f"step-{first}-rank-0.json.gz" for first in [*before, 4]]
+    assert files_in(tmp_path / "run") == names
+    found = ranges(tmp_path / "run" / "profile" / "step-4-rank-0.json.gz")
+    assert found == Counter({"step 4": 1, "step 5": 1, **dict.fromkeys(PHASES, 2)})
 
 
 def test_calls_of_python(run_tree: dict[str, Any], tmp_path: Path) -> None:

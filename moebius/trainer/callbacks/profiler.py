@@ -74,5 +74,6 @@ class ProfilerCallback(Callback):
             run.tell("profile", f"{steps} could not be written: {error}")
         else:
             run.tell("profile", f"{steps}: {path}")
-        for table in recording.summary():
-            self.console.print(table)
+        if not self.console.quiet:
+            for table in recording.summary():
+                self.console.print(table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,6 +27,8 @@ PHASES = ("data", "compute", "optimizer")
 """of a step, as its progress names them"""
 ROWS = 12
 """operations that a summary shows"""
+CHUNK = 1 << 20
+"""bytes that are compressed at once"""
 ALLOCATIONS = 100_000
 """newest ones that a snapshot of memory holds; each takes some KB"""
 
@@ -111,6 +115,8 @@ class Recording:
         self.config, self.progress, self.device = config, progress, device
         self.steps: list[int] = []
         self.stopped = False
+        self._inside = False
+        """whether a recorded step is under way"""
         self._clock = Clock(device)
         self._step, self._phase = ExitStack(), ExitStack()
         activities = [ProfilerActivity.CPU]
@@ -126,10 +132,12 @@ class Recording:
         self.steps.append(step)
         self._step.enter_context(record_function(f"step {step}"))
         self._clock.mark("rest")
+        self._inside = True
 
     def end(self) -> None:
         """The step is over, on the device too: what it does belongs to the step that asked."""
         self._synchronize()
+        self._inside = False
         self._phase.close()
         self._clock.mark("")
         self._step.close()
@@ -154,13 +162,22 @@ class Recording:
         """
         folder.mkdir(parents=True, exist_ok=True)
         name = f"step-{self.steps[0]}-rank-{rank}"
-        # By its end the profiler knows whether to compress a file.
-        with replaced(folder / f"{name}.json.gz", folder / f"{name}.tmp.gz") as temporary:
-            self._profiler.export_chrome_trace(str(temporary))
+        with replaced(folder / f"{name}.json.gz", folder / f"{name}.tmp") as temporary:
+            self._export(temporary)
         if self.config.memory:
             with replaced(folder / f"{name}.pickle", folder / f"{name}.tmp") as temporary:
                 torch.cuda.memory._dump_snapshot(str(temporary))
         return folder / f"{name}.json.gz"
+
+    def _export(self, path: Path) -> None:
+        """Write the compressed trace; the profiler itself would compress it line by line."""
+        plain = path.with_name(f"{path.name}.json")
+        try:
+            self._profiler.export_chrome_trace(str(plain))
+            with plain.open("rb") as source, gzip.open(path, "wb", compresslevel=6) as target:
+                shutil.copyfileobj(source, target, CHUNK)
+        finally:
+            plain.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Stop, and forget what was recorded."""
@@ -194,8 +211,8 @@ class Recording:
 
     def _enter(self, section: str, phase: str) -> None:
         """Hear of a mark of the progress: close the range of a phase, and open the next one."""
-        if current_thread() is not main_thread():
-            return  # of a checkpoint that is written beside the steps
+        if not self._inside or current_thread() is not main_thread():
+            return  # another thread writes a checkpoint beside the steps
         name = phase if section == "step" else section
         self._phase.close()
         if name in PHASES:
