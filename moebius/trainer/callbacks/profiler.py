@@ -67,7 +67,8 @@ class ProfilerCallback(Callback):
             self.recording = None
 
     def _write(self, run: Run, recording: Recording) -> None:
-        steps = f"steps {recording.steps[0]} to {recording.steps[-1]}"
+        first, last = recording.steps[0], recording.steps[-1]
+        steps = f"step {first}" if first == last else f"steps {first} to {last}"
         try:
             path = recording.write(run.folder / FOLDER, run.layout.mesh.rank)
         except OSError as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from rich.table import Table
+from rich.text import Text
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moebius.config import ConfigNode
@@ -199,7 +200,8 @@ class Recording:
         others = Operation(f"{len(rest)} others", sum(o.calls for o in rest), sum_of(rest))
         rows = table("operation", "calls per step", "ms per step", "share")
         for name, calls, spent in [*found[:ROWS], *([others] if rest else [])]:
-            rows.add_row(name, f"{calls / count:g}", *_time(spent, count, total))
+            label = Text(name, no_wrap=True, overflow="ellipsis")  # kernels have long names
+            rows.add_row(label, f"{calls / count:g}", *_time(spent, count, total))
         return phases, rows
 
     def _start(self) -> None:
@@ -229,7 +231,7 @@ class Recording:
 def table(first: str, *numbers: str) -> Table:
     """An empty table of a summary."""
     made = Table(box=None, pad_edge=False)
-    made.add_column(first, no_wrap=True, overflow="ellipsis")
+    made.add_column(first)
     for name in numbers:
         made.add_column(name, justify="right", no_wrap=True)
     return made
