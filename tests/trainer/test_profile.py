@@ -189,7 +189,7 @@ def test_going_back(run_tree: dict[str, Any], tmp_path: Path, step: int, before:
 def test_calls_of_python(run_tree: dict[str, Any], tmp_path: Path) -> None:
     """With stacks they are in the trace, but are no operations. Where there is little room, names
     are cut and not numbers."""
-    console = Console(file=StringIO(), width=60)
+    console = Console(file=StringIO(), width=44)
     train_run(profiled(run_tree, tmp_path / "run", (2, 2), stacks=True), console=console)
     events = events_of(tmp_path / "run" / "profile" / "step-2-rank-0.json.gz")
     called = {event["name"] for event in events if event.get("cat") == "python_function"}
