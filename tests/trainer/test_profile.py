@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from moebius.trainer.callbacks.base import Callback
@@ -208,6 +209,22 @@ def test_a_file_that_cannot_be_written_stops_nothing(
     run = train_run(profiled(run_tree, tmp_path / "run"))
     assert run.step == 6
     assert "steps 3 to 4 could not be written: " in (run.folder / "events.jsonl").read_text()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(run_tree: dict[str, Any], tmp_path: Path) -> None:
+    """Kernels are in the table, ranges are not, and there is a snapshot of memory."""
+    tree = run_tree | {"train": run_tree["train"] | {"device": "cuda"}}
+    console = Console(file=StringIO(), width=100)
+    train_run(profiled(tree, tmp_path / "run", memory=True), console=console)
+    names = ["step-3-rank-0.json.gz", "step-3-rank-0.pickle"]
+    assert files_in(tmp_path / "run") == names
+    events = events_of(tmp_path / "run" / "profile" / names[0])
+    assert any(event.get("cat") == "kernel" for event in events)
+    rows = console.file.getvalue().split("operation  ", 1)[1]  # type: ignore[attr-defined]
+    assert "others" in rows
+    assert "aten::" not in rows
+    assert not any(line.startswith(("step 3", *PHASES)) for line in rows.splitlines())
 
 
 @pytest.mark.parametrize(
