@@ -27,9 +27,22 @@ def sync(path: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that readers see with its old content or with all of the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    sync(temporary)
+    with replaced(path, path.with_name(f"{path.name}.tmp")) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def replaced(path: Path, temporary: Path) -> Iterator[Path]:
+    """Let a file be written under a temporary name beside its own, which it gets once it is whole.
+
+    Where that fails, nothing is left of it.
+    """
+    try:
+        yield temporary
+        sync(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
     sync(path.parent)
 

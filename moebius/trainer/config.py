@@ -21,6 +21,7 @@ from moebius.trainer.optim import OptimConfig
 from moebius.trainer.recovery.config import RecoveryConfig
 from moebius.trainer.recovery.faults import Fault
 from moebius.trainer.schedules import WSDSchedule
+from moebius.trainer.watch.profile import ProfileConfig
 from moebius.trainer.watch.progress import WatchdogConfig
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -137,6 +138,8 @@ class RunConfig(ConfigNode):
     watchdog: WatchdogConfig = WatchdogConfig()
     """processes that hang"""
     log: LogConfig = LogConfig()
+    profile: ProfileConfig | None = None
+    """a record of what is done in some steps; null: none"""
     faults: Annotated[tuple[Fault, ...], Field(strict=False)] = ()
     """what goes wrong on purpose, in tests: refused unless the environment has MOEBIUS_FAULTS=1"""
 
@@ -157,6 +160,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "recovery": True,
         "watchdog": True,
         "log": True,
+        "profile": True,
         "kernels": True,
         "cpu": True,
         "faults": True,
@@ -308,7 +312,28 @@ def compile_rules(config: RunConfig) -> Iterator[Problem]:
         yield Problem("kernels.attention", f"{attention} with kernels.compile=true; use sdpa")
 
 
-RUN_RULES = (batch_rules, schedule_rules, vocabulary_rules, repeat_rules, muon_rules, compile_rules)
+def profile_rules(config: RunConfig) -> Iterator[Problem]:
+    """Steps of a profile must be steps of the run."""
+    if config.profile is None:
+        return
+    (first, last), count = config.profile.steps, config.train.num_steps
+    if not first <= last <= count:
+        yield Problem(
+            "profile.steps",
+            f"[{first}, {last}]; allowed: a first and a last step of 1 to train.num_steps = "
+            f"{count}, in this order",
+        )
+
+
+RUN_RULES = (
+    batch_rules,
+    schedule_rules,
+    vocabulary_rules,
+    repeat_rules,
+    muon_rules,
+    compile_rules,
+    profile_rules,
+)
 
 
 def problems(config: RunConfig) -> Iterator[Problem]:

@@ -43,11 +43,14 @@ class StopAfter(Callback):
 
 
 def train_run(
-    config: RunConfig, stop_after: int | None = None, beside: Sequence[Callback] = ()
+    config: RunConfig,
+    stop_after: int | None = None,
+    beside: Sequence[Callback] = (),
+    console: Console | None = None,
 ) -> Run:
     """Train as `moebius train` does, without a terminal and without signals."""
     check_folder(config)
-    quiet = Console(file=open(os.devnull, "w"))  # noqa: SIM115
+    quiet = console or Console(file=open(os.devnull, "w"))  # noqa: SIM115
     callbacks = [
         StopAfter(stop_after),
         *beside,

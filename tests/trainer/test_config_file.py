@@ -216,6 +216,8 @@ RULES: list[tuple[dict[str, Any], str, str]] = [
         "begins the decay at step 3",
     ),
     ({"optim.schedule.warmup_steps": 6}, "optim.schedule.warmup_steps", "allowed: less"),
+    ({"profile": {"steps": [3, 7]}}, "profile.steps", "allowed: a first and a last step of 1 to"),
+    ({"profile": {"steps": [4, 3]}}, "profile.steps", "in this order"),
 ]
 
 

@@ -20,7 +20,15 @@ from moebius.parallel.batch import row_ranges
 from moebius.parallel.explain import explain
 from moebius.parallel.mesh import Axes
 from moebius.parallel.schedule import plan
-from moebius.parallel.world import check_alike, from_main, is_main, joined, main_first, world_size
+from moebius.parallel.world import (
+    check_alike,
+    from_main,
+    is_main,
+    joined,
+    main_first,
+    rank,
+    world_size,
+)
 from moebius.trainer.callbacks.audit import AuditCallback
 from moebius.trainer.callbacks.base import Callback
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
@@ -32,6 +40,7 @@ from moebius.trainer.callbacks.guard import GuardCallback
 from moebius.trainer.callbacks.interrupt import FOR_GOOD, InterruptCallback, reason
 from moebius.trainer.callbacks.metrics import MetricsCallback
 from moebius.trainer.callbacks.pictures import PicturesCallback
+from moebius.trainer.callbacks.profiler import ProfilerCallback
 from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
 from moebius.trainer.callbacks.trace import TraceCallback
@@ -47,6 +56,7 @@ from moebius.trainer.recovery.faults import FaultInjector
 from moebius.trainer.resume import resume
 from moebius.trainer.run import Run
 from moebius.trainer.standing import Standing, failures_noted, write_standing
+from moebius.trainer.watch.profile import check_memory, check_ranks
 from moebius.trainer.watch.progress import Progress
 from moebius.trainer.watch.session import watched
 
@@ -87,6 +97,7 @@ def _join(config: RunConfig, arguments: argparse.Namespace, console: Console) ->
     """Connect the processes, and train."""
     check_processes(config, world_size())
     device = select_device(config.train.device)
+    check_memory(config.profile, device)
     prepared: list[str] = []
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -102,7 +113,9 @@ def _join(config: RunConfig, arguments: argparse.Namespace, console: Console) ->
 
 
 def check_processes(config: RunConfig, count: int) -> None:
-    """Raise LayoutError where so many processes cannot hold the layout or its pipeline."""
+    """Raise LayoutError where so many processes cannot hold the layout or its pipeline, or lack one
+    that is to be profiled."""
+    check_ranks(config.profile, count)
     sizes, rows = Axes.of(config.parallel, count).dense, config.train.batch_size
     dp = sizes["dp_replicate"] * sizes["dp_shard"]
     if dp > rows:
@@ -213,6 +226,8 @@ def callbacks_of(config: RunConfig, console: Console) -> list[Callback]:
         callbacks.append(AuditCallback())
     if config.log.trace:
         callbacks.append(TraceCallback())
+    if config.profile is not None and config.profile.chooses(rank()):
+        callbacks.append(ProfilerCallback(config.profile, console))
     return callbacks
 
 

@@ -1,1 +1,1 @@
-"""Where every process of a run is, and a process beside them that ends a run that hangs."""
+"""Where every process of a run is, a process beside them that ends a run that hangs, profiles."""
