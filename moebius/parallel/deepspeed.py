@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -19,23 +19,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moebius.config import Problem
 from moebius.errors import CheckpointError, LayoutError
-from moebius.model.config import ModelConfig
 from moebius.model.decoder import Decoder
 from moebius.model.parameters import Role
-from moebius.model.program import build_program
-from moebius.model.recursion.config import CausalRouter, ExpertChoiceConfig
 from moebius.parallel.comm import Group
-from moebius.parallel.config import DeepSpeedConfig, ParallelConfig
-from moebius.parallel.engine import MOMENTS, MakeOptimizer, sum_gradients
+from moebius.parallel.config import DeepSpeedConfig
+from moebius.parallel.deepspeed_rules import CLIPPED_APART
+from moebius.parallel.engine import MOMENTS, Holding, MakeOptimizer, square, sum_gradients
 from moebius.parallel.mesh import Mesh
 from moebius.parallel.part import Part, Parts
 from moebius.parallel.place import Placed
 
 T = TypeVar("T")
 MASTERS = "single_partition_of_fp32_groups"
-CLIPPED_APART = "is clipped apart from the model, and DeepSpeed clips all by one norm"
 
 
 def _nothing() -> None:
@@ -130,6 +126,20 @@ class DeepSpeedEngine:
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(norm, device=self.placed[0].parameter.device)
+
+    def weight_square(self) -> Tensor:
+        """See `Engine`."""
+        return square(self._holdings(), self.mesh)
+
+    def _holdings(self) -> Iterable[Holding]:
+        """Of stage 3 the own share of each parameter's fp32 copy, which zeros fill up."""
+        shares = self.mesh.data.size if self.stage == 3 else 1
+        for p in self.trained:
+            replicas = p.placement.replicas(self.mesh.world.size) // shares
+            value = p.parameter.detach()
+            if self.stage == 3:
+                value = self.deepspeed.utils.safe_get_local_fp32_param(p.parameter)
+            yield Holding(p.name, value, None, p.spec.role, replicas)
 
     @torch.no_grad()
     def _complete_gradients(self) -> None:
@@ -356,40 +366,3 @@ def _share(whole: Tensor, group: Group) -> Tensor:
     flat = whole.new_zeros(size * group.size)
     flat[: whole.numel()] = whole.flatten()
     return flat[group.rank * size : (group.rank + 1) * size]
-
-
-def deepspeed_problems(config: ParallelConfig, model: ModelConfig) -> Iterator[Problem]:
-    """What cannot be done, or was not seen to be right, with DeepSpeed under our layers."""
-    if config.engine != "deepspeed":
-        return
-    for axis, size in (("pp", config.pp), ("rp", config.rp)):
-        if size > 1:
-            yield Problem(
-                f"parallel.{axis}",
-                f"{size} with engine deepspeed: it reduces gradients within a backward pass, of "
-                "which there are many per step; use engine native",
-            )
-    if config.ep * config.etp not in (1, config.tp):
-        yield Problem(
-            "parallel.ep",
-            f"ep * etp = {config.ep * config.etp} with engine deepspeed: it adds up all gradients "
-            f"among the same processes; use 1, tp = {config.tp}, or engine native",
-        )
-    if config.dp_replicate > 1:
-        yield Problem(
-            "parallel.dp_replicate",
-            f"{config.dp_replicate} with engine deepspeed: its ZeRO shares out among all "
-            "data-parallel processes; use engine native with data fsdp2",
-        )
-    routers = [segment.router for segment in build_program(model.depth).segments]
-    causal = [router.causal for router in routers if isinstance(router, ExpertChoiceConfig)]
-    if any(isinstance(node, CausalRouter) for node in causal):
-        yield Problem(
-            "parallel.engine", f"deepspeed, but the causal router over depths {CLIPPED_APART}"
-        )
-    if model.exits is not None and model.exits.draw != "all":
-        yield Problem(
-            "parallel.engine",
-            f"deepspeed, but model.exits.draw={model.exits.draw} leaves weights without gradients "
-            "in some steps, and DeepSpeed would update them all the same",
-        )

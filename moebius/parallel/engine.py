@@ -26,12 +26,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Gradient:
-    """What a process has of a parameter's gradient."""
+class Holding:
+    """What a process updates of a parameter."""
 
     name: str
     """of the parameter"""
     value: Tensor
+    gradient: Tensor | None
     role: Role
     replicas: int
     """processes that have the same elements"""
@@ -56,6 +57,10 @@ class Engine(Protocol):
         Auxiliary routers are clipped by themselves, and not counted: they must not change the
         model.
         """
+
+    def weight_square(self) -> Tensor:
+        """Square of the norm of all trained parameters, as the part of this process in the sum over
+        all, fp64."""
 
     def parts(self) -> dict[str, Part]:
         """What this process holds of every parameter, as `model/<parameter>`, and of the
@@ -100,19 +105,23 @@ class ReplicatedEngine:
     def step(self, clip_norm: float, sound: Tensor | None = None) -> Tensor:
         """See `Engine`."""
         self.reduce()
-        norm = clip(self._gradients(), self.mesh, clip_norm, self.squares)
+        norm = clip(self._holdings(), self.mesh, clip_norm, self.squares)
         step_where(self.optimizer, norm, sound)
         self.optimizer.zero_grad()
         for group, parameters in self.uneven.items():
             adopt(group, parameters)
         return norm
 
-    def _gradients(self) -> Iterable[Gradient]:
+    def weight_square(self) -> Tensor:
+        """See `Engine`."""
+        return square(self._holdings(), self.mesh)
+
+    def _holdings(self) -> Iterable[Holding]:
         stage_size = self.mesh.world.size // self.mesh.depth.size
         for p in self.placed:
-            if p.parameter.grad is not None:
+            if p.spec.role is not Role.FROZEN:
                 replicas = p.placement.replicas(stage_size)
-                yield Gradient(p.name, p.parameter.grad, p.spec.role, replicas)
+                yield Holding(p.name, p.parameter.detach(), p.parameter.grad, p.spec.role, replicas)
 
     def parts(self) -> dict[str, Part]:
         """See `Engine`."""
@@ -215,9 +224,18 @@ def adopt(group: Group, tensors: Sequence[Tensor]) -> None:
     sum_tensors(group, tensors)
 
 
+def square(holdings: Iterable[Holding], mesh: Mesh) -> Tensor:
+    """See `Engine.weight_square`."""
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
+    for holding in holdings:
+        norm = torch.linalg.vector_norm(holding.value, dtype=torch.float64)
+        total += norm.square() / holding.replicas
+    return total
+
+
 @torch.no_grad()
 def clip(
-    gradients: Iterable[Gradient],
+    holdings: Iterable[Holding],
     mesh: Mesh,
     clip_norm: float,
     kept: dict[str, Tensor] | None = None,
@@ -230,14 +248,16 @@ def clip(
         kept.clear()
     groups: tuple[list[Tensor], list[Tensor]] = ([], [])
     squares = torch.zeros(2, dtype=torch.float64, device=mesh.device_type)
-    for gradient in gradients:
-        number = int(gradient.role is Role.AUX_ROUTER)
-        groups[number].append(gradient.value)
-        norm = torch.linalg.vector_norm(gradient.value, dtype=torch.float64)
-        square = norm.square() / gradient.replicas
-        squares[number] += square
+    for holding in holdings:
+        if holding.gradient is None:
+            continue
+        number = int(holding.role is Role.AUX_ROUTER)
+        groups[number].append(holding.gradient)
+        norm = torch.linalg.vector_norm(holding.gradient, dtype=torch.float64)
+        part = norm.square() / holding.replicas
+        squares[number] += part
         if kept is not None:  # of some engines a process has several pieces of a parameter
-            kept[gradient.name] = kept.get(gradient.name, 0) + square
+            kept[holding.name] = kept.get(holding.name, 0) + part
     norms = mesh.world.all_reduce(squares).sqrt()
     for norm, members in zip(norms, groups, strict=True):
         factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)

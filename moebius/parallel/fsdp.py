@@ -26,12 +26,14 @@ from moebius.model.context import StepContext, TokenContext
 from moebius.model.executor import Flow, LocalExecutor, TokenBatch
 from moebius.model.moe.experts import DispatchedExperts
 from moebius.model.objective import TeacherModel
+from moebius.model.parameters import Role
 from moebius.model.program import Program, Unit
 from moebius.parallel.engine import (
-    Gradient,
+    Holding,
     MakeOptimizer,
     begin_state,
     clip,
+    square,
     step_where,
     sum_tensors,
 )
@@ -213,7 +215,7 @@ class FSDPEngine:
     def step(self, clip_norm: float, sound: Tensor | None = None) -> Tensor:
         """See `Engine`; over the data axes FSDP2 has reduced already."""
         self._add_up_rest()
-        norm = clip(self._gradients(), self.mesh, clip_norm, self.squares)
+        norm = clip(self._holdings(), self.mesh, clip_norm, self.squares)
         step_where(self.optimizer, norm, sound)
         self.optimizer.zero_grad()
         return norm
@@ -226,14 +228,25 @@ class FSDPEngine:
             members = [p.parameter for p in self.placed if p.placement.reduce is whole]
             sum_tensors(group, [local(p.grad) for p in members if p.grad is not None])
 
-    def _gradients(self) -> Iterable[Gradient]:
+    def weight_square(self) -> Tensor:
+        """See `Engine`."""
+        return square(self._holdings(), self.mesh)
+
+    def _holdings(self) -> Iterable[Holding]:
         mesh = self.mesh
         stage_size = mesh.world.size // mesh.depth.size
         for p in self.placed:
-            if p.parameter.grad is not None:
-                shards = mesh.edp if p.placement.reduce is mesh.edp else mesh.shard
-                replicas = p.placement.replicas(stage_size) // shards.size
-                yield Gradient(p.name, local(p.parameter.grad), p.spec.role, replicas)
+            if p.spec.role is Role.FROZEN:
+                continue
+            shards = mesh.edp if p.placement.reduce is mesh.edp else mesh.shard
+            gradient = p.parameter.grad
+            yield Holding(
+                p.name,
+                local(p.parameter.detach()),
+                None if gradient is None else local(gradient),
+                p.spec.role,
+                p.placement.replicas(stage_size) // shards.size,
+            )
 
     def parts(self) -> dict[str, Part]:
         """See `Engine`."""

@@ -23,7 +23,7 @@ from moebius.model.moe.pool import DISPATCHED
 from moebius.model.program import build_program
 from moebius.model.recursion.config import DoraConfig
 from moebius.parallel.config import ContextConfig, DeepSpeedConfig, ParallelConfig, PipelineConfig
-from moebius.parallel.deepspeed import deepspeed_problems
+from moebius.parallel.deepspeed_rules import deepspeed_problems
 from moebius.parallel.ring.rules import ring_rules
 
 

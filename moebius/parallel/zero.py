@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from moebius.model.parameters import Role
 from moebius.parallel.comm import Group
 from moebius.parallel.engine import (
-    Gradient,
+    Holding,
     MakeOptimizer,
     adopt,
     agree_on_use,
     begin_state,
     clip,
+    square,
     step_where,
 )
 from moebius.parallel.mesh import Mesh
@@ -249,22 +250,24 @@ class ZeroEngine:
         """See `Engine`."""
         for bucket in self.buckets:
             bucket.reduce()
-        norm = clip(self._gradients(), self.mesh, clip_norm, self.squares)
+        norm = clip(self._holdings(), self.mesh, clip_norm, self.squares)
         step_where(self.optimizer, norm, sound)
         self.optimizer.zero_grad()
         for bucket in self.buckets:
             bucket.publish()
         return norm
 
-    def _gradients(self) -> Iterable[Gradient]:
+    def weight_square(self) -> Tensor:
+        """See `Engine`."""
+        return square(self._holdings(), self.mesh)
+
+    def _holdings(self) -> Iterable[Holding]:
         stage_size = self.mesh.world.size // self.mesh.depth.size
         for piece in self.pieces:
-            if piece.own.grad is not None:
-                placement = piece.of.placement
-                # Of the processes that add up gradients only one has this part of the sum.
-                replicas = placement.replicas(stage_size) // placement.reduce.size
-                of = piece.of
-                yield Gradient(of.name, piece.own.grad, of.spec.role, replicas)
+            of, placement = piece.of, piece.of.placement
+            # Of the processes that add up gradients only one updates this.
+            replicas = placement.replicas(stage_size) // placement.reduce.size
+            yield Holding(of.name, piece.own.detach(), piece.own.grad, of.spec.role, replicas)
 
     def parts(self) -> dict[str, Part]:
         """See `Engine`."""

@@ -24,7 +24,8 @@ from moebius.model.parameters import ParameterSpec, Role
 from moebius.parallel import deepspeed as under_test
 from moebius.parallel.batch import row_ranges
 from moebius.parallel.config import DeepSpeedConfig, ParallelConfig
-from moebius.parallel.deepspeed import DeepSpeedEngine, deepspeed_problems
+from moebius.parallel.deepspeed import DeepSpeedEngine
+from moebius.parallel.deepspeed_rules import deepspeed_problems
 from moebius.parallel.engine import Engine, MakeOptimizer, ReplicatedEngine
 from moebius.parallel.ledger import merge_results
 from moebius.parallel.mesh import Mesh
@@ -88,7 +89,9 @@ class System:
         result = merge_results(result, self.mesh)
         found = {f"loss/{name}": loss for name, loss in result.losses.items()}
         found |= {f"auxiliary/{name}": loss for name, loss in result.ledger.losses.items()}
+        weights = self.mesh.world.all_reduce(self.engine.weight_square().clone())
         found["grad_norm"] = self.engine.step(clip_norm)
+        found["weight_norm"] = weights.sqrt()
         self.decoder.update_routers(result.ledger, FIRST_STEP + number)
         return found
 

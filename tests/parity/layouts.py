@@ -308,7 +308,8 @@ def train(
             recompute=case.recompute,
         )
         result = layout.accumulate_gradients(parts, batch.labels_BS.numel(), context)
-        keep({"grad_norm": layout.engine.step(clip_norm)})
+        weights = layout.mesh.world.all_reduce(layout.engine.weight_square())
+        keep({"weight_norm": weights.sqrt(), "grad_norm": layout.engine.step(clip_norm)})
         decoder.update_routers(result.ledger, step)
         keep({f"loss/{name}": loss for name, loss in result.losses.items()})
         keep({f"auxiliary/{name}": loss for name, loss in result.ledger.losses.items()})

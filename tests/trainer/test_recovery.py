@@ -13,7 +13,7 @@ from moebius.errors import CheckpointError, TrainingError
 from moebius.model.parameters import Role
 from moebius.parallel.config import ParallelConfig
 from moebius.parallel.consensus import Consensus
-from moebius.parallel.engine import Gradient, clip
+from moebius.parallel.engine import Holding, clip
 from moebius.parallel.mesh import Mesh
 from moebius.trainer.callbacks.checkpointing import CheckpointCallback
 from moebius.trainer.callbacks.metrics import stragglers
@@ -147,11 +147,11 @@ def test_a_gradient_that_is_clipped_apart_counts_when_it_is_not_finite() -> None
     """An auxiliary router's gradient is no part of the norm, but must not be applied either."""
     mesh = Mesh(ParallelConfig())
     gradients = [
-        Gradient("a", torch.full((3,), 2.0), Role.MATRIX, 1),
-        Gradient("b", torch.tensor([0.5]), Role.AUX_ROUTER, 1),
+        Holding("a", torch.zeros(3), torch.full((3,), 2.0), Role.MATRIX, 1),
+        Holding("b", torch.zeros(1), torch.tensor([0.5]), Role.AUX_ROUTER, 1),
     ]
     assert float(clip(gradients, mesh, 1.0)) == pytest.approx(12**0.5)
-    gradients[1].value.fill_(math.nan)
+    gradients[1] = Holding("b", torch.zeros(1), torch.tensor([math.nan]), Role.AUX_ROUTER, 1)
     assert not math.isfinite(float(clip(gradients, mesh, 1.0)))
 
 
