@@ -209,6 +209,10 @@ Recompute = Literal["none", "selective", "full"]
 (Korthikanti et al. 2022, arXiv 2205.05198); full: whole sublayers"""
 
 
+def _nobody(phase: str) -> None:
+    """Nobody wants to know how a step goes on."""
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What is the same for every layer of one forward pass."""
@@ -236,6 +240,9 @@ class StepContext:
     decisions: dict[tuple[Site, str], Tensor] | None = None
     """what routers have chosen, where whole visits are computed again: filled by the first run and
     repeated by the second, in which rounding may be another"""
+
+    mark: Callable[[str], object] = _nobody
+    """told `forward` and `backward` where such work of a training step begins"""
 
     def decide(self, site: Site, what: str, choose: Callable[[], Tensor]) -> Tensor:
         """A choice of a router, or the one that it has made before."""

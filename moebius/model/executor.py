@@ -154,8 +154,10 @@ class LocalExecutor:
         sums: dict[str, Tensor],
     ) -> Tensor:
         """What is differentiated; what is reported of it is left in `sums`."""
+        step.mark("forward")
         total, reported = self.training_loss(batch, step, teacher)
         sums.update(reported)
+        step.mark("backward")
         return total / num_labels
 
     def training_loss(

@@ -135,6 +135,7 @@ class _Step:
             for sent in self.known.get(key, ()):
                 channel.settle((Kind.SEND_B, sent))
         elif action.kind is Kind.FORWARD:
+            self.step.mark("forward")
             self._forward(self.executor.stages[action.stage], action.micro_batch)
         elif action.kind is Kind.SEND_F:
             passing.outputs[key] = channel.send_nest(
@@ -144,10 +145,13 @@ class _Step:
             passing.gradients[key] = channel.receive(passing.outputs[key], self._after(action))
             channel.settle((Kind.SEND_F, key))
         elif action.kind is Kind.BACKWARD:
+            self.step.mark("backward")
             self._backward(key)
         elif action.kind is Kind.BACKWARD_INPUT:
+            self.step.mark("backward")
             self._backward_input(key)
         elif action.kind is Kind.BACKWARD_WEIGHT:
+            self.step.mark("backward")
             self._backward_weight(key)
         else:
             gradients = [

@@ -58,7 +58,7 @@ def train_step(run: Run) -> StepReport:
     ranges = run.layout.row_ranges(size, config.train.micro_batch_size or size)
     with run.progress.section("data"):
         taken = run.stream.take(ranges)
-    run.progress.mark("compute", run.step)
+    run.progress.mark("forward", run.step)
     micro_batches = [batch.to(run.device) for batch in taken]
     num_labels = size * config.data.sequence_length
     if due(config.recovery.repeat_interval, run.step):

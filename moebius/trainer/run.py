@@ -145,6 +145,7 @@ class Run:
             replay=self.replay,
             kernels=self.kernels,
             compile=config.kernels.compile,
+            mark=self.progress.mark,
         )
 
     def announce(self, section: Section, phase: str) -> None:

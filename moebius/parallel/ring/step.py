@@ -99,6 +99,7 @@ class RingStep:
 
     def do(self, event: Event) -> None:
         """One event."""
+        self.step.mark("forward" if event.is_forward else "backward")
         if not event.is_forward:
             self._backward(event)
         elif self.ways[event.micro_batch][event.stop].is_home:

@@ -2,8 +2,8 @@
 
 import time
 
-PHASES = ("compute", "optimizer")
-"""forward and backward; reduction of gradients, clipping and the update"""
+PHASES = ("forward", "backward", "optimizer")
+"""the last: reduction of gradients, clipping and the update"""
 
 
 class PhaseClock:

@@ -24,7 +24,7 @@ from moebius.files import replaced
 if TYPE_CHECKING:
     from moebius.trainer.watch.progress import Progress
 
-PHASES = ("data", "compute", "optimizer")
+PHASES = ("data", "forward", "backward", "optimizer")
 """of a step, as its progress names them"""
 ROWS = 12
 """operations that a summary shows"""
@@ -119,6 +119,8 @@ class Recording:
         self._inside = False
         """whether a recorded step is under way"""
         self._clock = Clock(device)
+        self._open = ""
+        """the phase whose range is open"""
         self._step, self._phase = ExitStack(), ExitStack()
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
@@ -139,7 +141,7 @@ class Recording:
         """The step is over, on the device too: what it does belongs to the step that asked."""
         self._synchronize()
         self._inside = False
-        self._phase.close()
+        self._close_phase()
         self._clock.mark("")
         self._step.close()
 
@@ -152,7 +154,7 @@ class Recording:
             self.progress.listeners.remove(self._enter)
         else:
             self._profiler.start_trace()  # what was prepared can only be ended after a start
-        self._phase.close()
+        self._close_phase()
         self._step.close()
         self._profiler.stop_trace()
 
@@ -212,16 +214,23 @@ class Recording:
         self.progress.listeners.append(self._enter)
 
     def _enter(self, section: str, phase: str) -> None:
-        """Hear of a mark of the progress: close the range of a phase, and open the next one."""
+        """Hear of a mark of the progress: close the range of a phase, and open that of another."""
         if not self._inside or current_thread() is not main_thread():
             return  # another thread writes a checkpoint beside the steps
         name = phase if section == "step" else section
-        self._phase.close()
+        if name == self._open:
+            return
+        self._close_phase()
         if name in PHASES:
+            self._open = name
             self._phase.enter_context(record_function(name))
             self._clock.mark(name)
         else:
             self._clock.mark("rest")
+
+    def _close_phase(self) -> None:
+        self._open = ""
+        self._phase.close()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
