@@ -109,6 +109,9 @@ class LogConfig(ConfigNode):
     selector `replay`"""
     audit: bool = False
     """write which samples each process reads to `<run_dir>/audit`, for `moebius audit`"""
+    plan: bool = False
+    """simulate the layout before the run starts, as `moebius plan` does, which takes seconds to
+    minutes, and report the memory that it needs beside the measured one"""
     trace: bool = False
     """write norms of the gradient and the values of every parameter after every step to
     `<run_dir>/trace.jsonl`, for `moebius compare`"""

@@ -1,6 +1,8 @@
 """Numbers from a step's ledger. They leave the device here, so call this only when reporting."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -50,32 +52,40 @@ def routing_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
 
 def width_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
     """`width/...`: how experts are used, see `docs/routing.md`."""
-    computing = _computing_experts(decoder)
-    sites = {site: ledger.statistics[site] for site in ledger.statistics if site in computing}
+    sites = [
+        (router, ledger.statistics[site])
+        for site, router in _routers(decoder).items()
+        if site in ledger.statistics
+    ]
     if not sites:
         return {}
-    assignments = sum(float(sums["expert_tokens"].sum()) for sums in sites.values())
-    tokens = sum(float(sums["tokens"]) for sums in sites.values())
-    loads = {site: sums["expert_tokens"][: computing[site]] for site, sums in sites.items()}
+    each = [sums for _, sums in sites]
+    assignments = sum(float(sums["expert_tokens"].sum()) for sums in each)
+    tokens = sum(float(sums["tokens"]) for sums in each)
+    loads = [sums["expert_tokens"][: router.pool.num_computing] for router, sums in sites]
     executed = sum(
-        float(s["executed_tokens"][: computing[site]].sum()) for site, s in sites.items()
+        float(sums["executed_tokens"][: router.pool.num_computing].sum()) for router, sums in sites
     )
-    squares = sum(float(sums["logsumexp_squares"]) for sums in sites.values())
-    return {
-        "width/computing_share": executed / max(assignments, 1),
-        "width/experts_per_token": assignments / max(tokens, 1),
-        "width/experts_per_token_std": max(_deviation(s["k_histogram"]) for s in sites.values()),
-        "width/load_max_over_mean": max(
-            float(load.max() / load.mean().clamp(min=1e-9)) for load in loads.values()
+    squares = sum(float(sums["logsumexp_squares"]) for sums in each)
+    targets = [target for router, _ in sites if (target := router.computing_target) is not None]
+    spreads = [_bias_spread(sums) for sums in each if "bias_spread" in sums]
+    metrics = {
+        "computing_share": executed / max(assignments, 1),
+        **({"target_computing_share": fmean(targets)} if targets else {}),
+        "experts_per_token": assignments / max(tokens, 1),
+        "experts_per_token_std": max(_deviation(sums["k_histogram"]) for sums in each),
+        **_shares_of_k([sums for router, sums in sites if not router.config.selector.fixed_k]),
+        "load_max_over_mean": max(_max_over_mean(load_N) for load_N in loads),
+        "dead_share": float(
+            torch.cat([sums["expert_tokens"] == 0 for sums in each]).float().mean()
         ),
-        "width/dead_share": float(
-            torch.cat([sums["expert_tokens"] == 0 for sums in sites.values()]).float().mean()
-        ),
-        "width/entropy": sum(float(sums["entropy"]) for sums in sites.values()) / max(tokens, 1),
-        "width/dropped_share": sum(float(sums["dropped"]) for sums in sites.values())
-        / max(assignments, 1),
-        "width/logsumexp_rms": (squares / max(tokens, 1)) ** 0.5,
+        "entropy": sum(float(sums["entropy"]) for sums in each) / max(tokens, 1),
+        "dropped_share": sum(float(sums["dropped"]) for sums in each) / max(assignments, 1),
+        "spilled_share": sum(float(sums["spilled"]) for sums in each) / max(assignments, 1),
+        "logsumexp_rms": (squares / max(tokens, 1)) ** 0.5,
+        **({"bias_spread": max(spreads)} if spreads else {}),
     }
+    return {f"width/{name}": value for name, value in metrics.items()}
 
 
 def place_of(site: Site) -> str:
@@ -87,22 +97,44 @@ def place_of(site: Site) -> str:
 def layer_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
     """`layers/...`: what `width_metrics` says of all, for each router call site."""
     metrics: dict[str, float] = {}
-    for site, number in _computing_experts(decoder).items():
+    for site, router in _routers(decoder).items():
         sums = ledger.statistics.get(site)
         if sums is None:
             continue
+        number, target = router.pool.num_computing, router.computing_target
         tokens, assignments = float(sums["tokens"]), float(sums["expert_tokens"].sum())
-        load_N = sums["expert_tokens"][:number]
         of_site = {
             "computing_share": float(sums["executed_tokens"][:number].sum()) / max(assignments, 1),
+            **({} if target is None else {"target_computing_share": target}),
             "experts_per_token": assignments / max(tokens, 1),
-            "load_max_over_mean": float(load_N.max() / load_N.mean().clamp(min=1e-9)),
+            "load_max_over_mean": _max_over_mean(sums["expert_tokens"][:number]),
             "dead_share": float((sums["expert_tokens"] == 0).float().mean()),
             "entropy": float(sums["entropy"]) / max(tokens, 1),
             "dropped_share": float(sums["dropped"]) / max(assignments, 1),
+            "spilled_share": float(sums["spilled"]) / max(assignments, 1),
+            **({"bias_spread": _bias_spread(sums)} if "bias_spread" in sums else {}),
         }
         metrics |= {f"layers/{place_of(site)}/{name}": value for name, value in of_site.items()}
     return metrics
+
+
+def _max_over_mean(load_N: Tensor) -> float:
+    return float(load_N.max() / load_N.mean().clamp(min=1e-9))
+
+
+def _bias_spread(sums: Mapping[str, Tensor]) -> float:
+    """What was the same for all tokens of a step was added up over them."""
+    return float(sums["bias_spread"]) / max(float(sums["tokens"]), 1)
+
+
+def _shares_of_k(each: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Of all tokens, the share with each number of experts."""
+    most = max((len(sums["k_histogram"]) for sums in each), default=0)
+    count_K = torch.zeros(most)
+    for sums in each:
+        count_K[: len(sums["k_histogram"])] += sums["k_histogram"]
+    share_K = count_K / count_K.sum().clamp(min=1)
+    return {f"tokens_with_{number}": float(share) for number, share in enumerate(share_K)}
 
 
 def _deviation(histogram_K: Tensor) -> float:
@@ -166,10 +198,10 @@ def ffn_flops_per_token(decoder: Decoder, ledger: Ledger, num_tokens: int) -> fl
     return sum(cost.ffn for cost in costs) / num_tokens
 
 
-def _computing_experts(decoder: Decoder) -> dict[Site, int]:
-    """For each router call site of a layer, how many of its experts need matrix products."""
+def _routers(decoder: Decoder) -> dict[Site, Router]:
+    """The routers over width by their call sites."""
     return {
-        site: router.pool.num_computing
+        site: router
         for router in decoder.layers.modules()
         if isinstance(router, Router)
         for site in router.sites

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 from moebius.config import Problem
 from moebius.errors import LayoutError
 from moebius.parallel.config import ParallelConfig
+from moebius.parallel.planner.device import known_profiles
+from moebius.parallel.planner.estimate import make_plan
 from moebius.parallel.planner.simulate import Job
 from moebius.trainer.config import RUN_RULES, RunConfig
 from moebius.trainer.machine import AUTOCAST
@@ -25,6 +29,20 @@ def check_plannable(config: RunConfig) -> None:
             "distillation: a teacher, its memory and its work, is not simulated",
             "plan with distillation=null, and leave room for the teacher",
         )
+
+
+def planned_bytes(config: RunConfig, processes: int, device_type: str) -> int:
+    """Memory that a run needs in the process that needs most, headroom included.
+
+    Worked out in a process of its own: the simulation has a world of its own.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_planned_bytes, config, processes, device_type).result()
+
+
+def _planned_bytes(config: RunConfig, processes: int, device_type: str) -> int:
+    device = next(d for d in known_profiles().values() if d.kind == device_type)
+    return make_plan(job_of(config, processes, device_type), device).total_bytes
 
 
 def layout_problems(config: RunConfig, parallel: ParallelConfig) -> Iterator[Problem]:

@@ -25,13 +25,16 @@ class Tag:
 
 MOE, DEPTH = "experts", "a router over depth"
 CHOICE, EXPERT_CHOICE = "tokens that choose their depth", "passes that choose their tokens"
+DYNAMIC, BIASED = "a dynamic number", "controllers of a bias"
+BOTH_KINDS = "zero-computation experts"
 MIXTURE, SEVERAL, EXITS = "a mixture of corpora", "several processes", "early exits"
-EVALUATION = "evaluation"
+EVALUATION, PLANNED = "evaluation", "`log.plan`"
 TAGS = (
     Tag("train/loss", "mean cross-entropy of the step in nats per token, without auxiliary losses"),
     Tag("train/bits_per_byte", "the same in bits per byte of the text of the labels"),
     Tag("train/<kind>_loss", "auxiliary loss as it enters the gradient, summed over sites", MOE),
     Tag("train/grad_norm", "of all gradients, before clipping"),
+    Tag("train/param_norm", "of all trained parameters, after the step"),
     Tag("train/lr", "learning rate"),
     Tag("train/tokens", "tokens of the stream up to here, those of samples left out included"),
     Tag("train/epoch", "how often the corpus has been read", "a single corpus"),
@@ -56,6 +59,7 @@ TAGS = (
     Tag("speed/slowest_rank", "the process that worked longest"),
     Tag("speed/slowest_over_median", "its time over the median of all"),
     Tag("memory/peak_gigabytes", "most of a process so far: allocated on CUDA, resident on a CPU"),
+    Tag("memory/planned_gigabytes", "what the planner foresees, on a CPU to be added", PLANNED),
     Tag("communication/<axis>/<operation>_bytes", "sent per step by the first process", SEVERAL),
     Tag("communication/<axis>/<operation>_calls", "calls per step of the first process", SEVERAL),
     Tag("goodput/<section>", "share of the time since the beginning: steps that count, lost, down"),
@@ -65,19 +69,26 @@ TAGS = (
     Tag("health/rewinds", "how often the run has gone back to a checkpoint"),
     Tag("health/stragglers", "reports of a process that was late twice"),
     Tag("width/computing_share", "assignments that cost matrix products, of all", MOE),
+    Tag("width/target_computing_share", "what a budget or balance loss asks it to be", BOTH_KINDS),
     Tag("width/experts_per_token", "assignments per token", MOE),
     Tag("width/experts_per_token_std", "its deviation between tokens, at the worst site", MOE),
+    Tag("width/tokens_with_<n>", "share of the tokens that have n experts", DYNAMIC),
     Tag("width/load_max_over_mean", "busiest computing expert over the mean, worst site", MOE),
     Tag("width/dead_share", "experts without a token", MOE),
     Tag("width/entropy", "of the scores, 1 where all are equal", MOE),
-    Tag("width/dropped_share", "assignments beyond a capacity", MOE),
+    Tag("width/dropped_share", "assignments beyond a capacity that were left out", MOE),
+    Tag("width/spilled_share", "those that were sent to a zero-computation expert instead", MOE),
     Tag("width/logsumexp_rms", "size of the raw scores", MOE),
+    Tag("width/bias_spread", "highest less lowest bias in selection, worst site", BIASED),
     Tag("layers/<site>/computing_share", "as in width/, of one router call site", MOE),
+    Tag("layers/<site>/target_computing_share", "likewise", BOTH_KINDS),
     Tag("layers/<site>/experts_per_token", "likewise", MOE),
     Tag("layers/<site>/load_max_over_mean", "likewise", MOE),
     Tag("layers/<site>/dead_share", "likewise", MOE),
     Tag("layers/<site>/entropy", "likewise", MOE),
     Tag("layers/<site>/dropped_share", "likewise", MOE),
+    Tag("layers/<site>/spilled_share", "likewise", MOE),
+    Tag("layers/<site>/bias_spread", "likewise", BIASED),
     Tag("depth/selected_share_<loop>.<pass>", "selected of the candidates of a pass", DEPTH),
     Tag("depth/dead_share_<loop>.<pass>", "positions of the row that no row selected", DEPTH),
     Tag("depth/gate_<loop>.<pass>", "mean gate of selected tokens", EXPERT_CHOICE),
@@ -85,6 +96,8 @@ TAGS = (
     Tag("depth/mean_passes", "made per token", CHOICE),
     Tag("depth/max_violation", "busiest depth over the mean, less 1", CHOICE),
     Tag("depth/choice_entropy", "of the depths that tokens choose, in nats", CHOICE),
+    Tag("data/documents_per_row", "documents or parts of them in a row, which has no padding"),
+    Tag("data/context_tokens", "mean number of tokens that a token may look at, itself included"),
     Tag("data/<corpus>/weight", "present weight", MIXTURE),
     Tag("data/<corpus>/share", "share of all tokens so far", MIXTURE),
 )
@@ -93,7 +106,7 @@ PICTURES = (
     Tag(
         "width/experts_per_token",
         "sites x numbers of experts: white an even share",
-        "a dynamic number",
+        DYNAMIC,
     ),
     Tag("depth/selected", "routed loops x passes: white half of the candidates, red all", DEPTH),
 )

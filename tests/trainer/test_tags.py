@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import IMAGES, Event
 from moebius.trainer.config import RunConfig
 from moebius.trainer.pictures import CELL, COLD, EVEN, HOT, NONE, heat_map
 from moebius.trainer.tags import (
+    BOTH_KINDS,
     DEPTH,
     EVALUATION,
     EXPERT_CHOICE,
@@ -23,7 +24,7 @@ from moebius.trainer.tags import (
 )
 from tests.trainer.helpers import REPOSITORY, train_run
 
-HERE = {"", MOE, DEPTH, EXPERT_CHOICE, EVALUATION, "a single corpus"}
+HERE = {"", MOE, BOTH_KINDS, DEPTH, EXPERT_CHOICE, EVALUATION, "a single corpus"}
 """what is true of the run of `run_tree`"""
 
 

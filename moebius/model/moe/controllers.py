@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from moebius.model.moe.pool import PoolShape
+from moebius.model.moe.pool import ZERO_COMPUTATION, PoolShape
 from moebius.model.moe.stage import Needs, Selector, Stage
 from moebius.model.schedule import NonNegativeScheduled, value_at
 
@@ -129,6 +129,13 @@ class BudgetControl(ControllerConfig):
         """The group must be there."""
         if self.group >= len(pool.groups):
             yield "group", f"{self.group}; allowed: 0 to {len(pool.groups) - 1}"
+
+    def computing_share(self, pool: PoolShape) -> float | None:
+        """Known where the group has all experts that compute, or all others."""
+        kind, count = pool.groups[self.group]
+        if kind in ZERO_COMPUTATION:
+            return 1 - self.share if count == pool.count(*ZERO_COMPUTATION) else None
+        return self.share if count == pool.num_computing else None
 
     @property
     def needs(self) -> Needs:

@@ -136,6 +136,11 @@ class SwitchLoss(Loss):
             return self.coefficient * num_assignments
         return self.coefficient
 
+    def computing_share(self, pool: PoolShape) -> float:
+        """At balance `tau E / (tau E + Z)` (MoE++ section 3.3)."""
+        share_N = 1 / pool.load_weights(self.tau)
+        return float(share_N[: pool.num_computing].sum() / share_N.sum())
+
     def value(self, seen: Observation) -> Tensor:
         """See `switch_loss`."""
         eta_N = seen.pool.load_weights(self.tau).to(seen.valid_T.device)

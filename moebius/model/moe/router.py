@@ -266,12 +266,17 @@ class Router(ParameterModule):
             tokens=valid_T.sum(),
             expert_tokens=seen.per_row.counts_GN.sum(dim=0),
             executed_tokens=expert_counts(limited.ids_TK, group_T, 1, num_experts)[0],
-            dropped=((chosen.ids_TK >= 0) & (limited.ids_TK != chosen.ids_TK)).sum(),
+            dropped=((chosen.ids_TK >= 0) & (limited.ids_TK < 0)).sum(),
+            spilled=((limited.ids_TK >= 0) & (limited.ids_TK != chosen.ids_TK)).sum(),
             prob_sums=seen.per_row.prob_sums_GN.sum(dim=0),
             entropy=(entropy_T * valid_T).sum(),
             logsumexp_squares=(logsumexp_T.square() * valid_T).sum(),
             k_histogram=k_counts.scatter_add(0, k_T, valid_T.to(k_counts.dtype)),
         )
+        bias_N, _ = self._steering(route)
+        if bias_N is not None:
+            spread = bias_N.double().max() - bias_N.double().min()
+            ledger.record(route.site, bias_spread=spread * valid_T.sum())
         if any(controller.needs_histogram for controller in self._controllers()):
             histogram = score_histogram(scores.affinity_TN.detach(), valid_T)
             ledger.record(route.site, score_histogram=histogram)
@@ -285,6 +290,16 @@ class Router(ParameterModule):
         # Empty slots have place -1: the extra column, which is cut off.
         place_BS1 = route.tokens.place_BS.remainder(route.tokens.row_length + 1).unsqueeze(-1)
         return full.scatter(1, place_BS1.expand_as(ids_BSK), ids_BSK)[:, :-1]
+
+    @property
+    def computing_target(self) -> float | None:
+        """Share of all assignments that a budget or a balance loss asks of experts that compute;
+        None where nothing does, or where all compute."""
+        if self.pool.num_computing in (0, self.pool.num_experts):
+            return None
+        asked = [node.computing_share(self.pool) for node in self.config.controllers]
+        asked += [node.computing_share(self.pool) for node in self.config.losses]
+        return next((share for share in asked if share is not None), None)
 
     def _controllers(self) -> Iterator[Controller]:
         """The controllers, typed."""

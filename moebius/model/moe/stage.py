@@ -23,6 +23,10 @@ class Stage(ConfigNode):
         """(option, what is wrong) where the options do not fit a pool."""
         return iter(())
 
+    def computing_share(self, pool: PoolShape) -> float | None:
+        """Share of all assignments that it asks of experts that compute; None: any."""
+        return None
+
 
 class Selector(Stage):
     """From scores to chosen experts."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moebius.data.batch import Batch
 from moebius.model.cost import planned_work, training_flops
 from moebius.model.ledger import Ledger
 from moebius.parallel.comm import Traffic
@@ -48,6 +49,12 @@ class Share:
     """tokens that it has read to be predicted; others may have read the same"""
     text: int
     """bytes of their text"""
+    documents: int
+    """or parts of them in the rows that it has read"""
+    seen: int
+    """tokens that each of these may look at, itself included, added up"""
+    weights: float
+    """its part of the square of the weights' norm"""
 
 
 class MetricsCallback(Callback):
@@ -60,7 +67,9 @@ class MetricsCallback(Callback):
     name = "metrics"
     priority = 20
 
-    def __init__(self) -> None:
+    def __init__(self, planned: int | None = None) -> None:
+        self.planned = planned
+        """bytes that the planner foresees, where it was asked"""
         self.peak = 0.0
         self.seconds = 0.0
         self.steps = 0
@@ -110,7 +119,8 @@ class MetricsCallback(Callback):
             | communication(traffic, self.steps)
             | self._speed(run, ledger, sum(share.peak for share in shares))
             | self._compare(run, [share.busy for share in shares])
-            | {"memory/peak_gigabytes": max(share.memory for share in shares) / 1e9}
+            | self._memory(shares)
+            | packing_metrics(run, shares)
             | mixture_metrics(run)
         )
 
@@ -122,7 +132,16 @@ class MetricsCallback(Callback):
             memory=peak_memory(run.device),
             labels=sum(batch.num_tokens for batch in report.read),
             text=sum(int(run.token_bytes_V[batch.labels_BS].sum()) for batch in report.read),
+            documents=sum(num_documents(batch) for batch in report.read),
+            seen=sum(int(batch.positions_BS.sum()) + batch.num_tokens for batch in report.read),
+            weights=float(run.layout.engine.weight_square()),
         )
+
+    def _memory(self, shares: Sequence[Share]) -> dict[str, float]:
+        metrics = {"memory/peak_gigabytes": max(share.memory for share in shares) / 1e9}
+        if self.planned is not None:
+            metrics["memory/planned_gigabytes"] = self.planned / 1e9
+        return metrics
 
     def _speed(self, run: Run, ledger: Ledger, peak: float) -> dict[str, float]:
         """MFU counts executed FLOPs: chosen FFN experts and selected tokens, not possible ones.
@@ -185,6 +204,7 @@ def training_metrics(run: Run, report: StepReport, shares: Sequence[Share]) -> d
     metrics |= {
         "train/bits_per_byte": metrics["train/loss"] / math.log(2) * labels / max(text, 1),
         "train/grad_norm": float(report.grad_norm),
+        "train/param_norm": math.sqrt(sum(share.weights for share in shares)),
         "train/lr": report.lr,
         "train/tokens": float(run.stream.position * run.config.data.sequence_length),
     }
@@ -198,6 +218,22 @@ def stragglers(seconds: Sequence[float], ratio: float) -> list[int]:
     """Ranks whose time is so many times the median; those that nobody would notice are none."""
     limit = max(ratio * statistics.median(seconds), LEAST_SECONDS)
     return [number for number, value in enumerate(seconds) if value > limit]
+
+
+def num_documents(batch: Batch) -> int:
+    """Documents in the rows of a batch, or parts of them."""
+    return int((batch.segment_ids_BS[:, -1] - batch.segment_ids_BS[:, 0] + 1).sum())
+
+
+def packing_metrics(run: Run, shares: Sequence[Share]) -> dict[str, float]:
+    """How documents lie in rows: these have no padding, what packing costs is the sight of those
+    that are cut."""
+    tokens = sum(share.labels for share in shares)
+    documents = sum(share.documents for share in shares)
+    return {
+        "data/documents_per_row": documents * run.config.data.sequence_length / tokens,
+        "data/context_tokens": sum(share.seen for share in shares) / tokens,
+    }
 
 
 def mixture_metrics(run: Run) -> dict[str, float]:

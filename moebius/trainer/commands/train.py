@@ -52,6 +52,7 @@ from moebius.trainer.cpu import prepare_cpu
 from moebius.trainer.folder import check_folder, claim_folder, lock_folder
 from moebius.trainer.loop import train
 from moebius.trainer.machine import select_device
+from moebius.trainer.planning import check_plannable, planned_bytes
 from moebius.trainer.recovery.faults import FaultInjector
 from moebius.trainer.resume import resume
 from moebius.trainer.run import Run
@@ -116,6 +117,8 @@ def check_processes(config: RunConfig, count: int) -> None:
     """Raise LayoutError where so many processes cannot hold the layout or its pipeline, or lack one
     that is to be profiled."""
     check_ranks(config.profile, count)
+    if config.log.plan:
+        check_plannable(config)
     sizes, rows = Axes.of(config.parallel, count).dense, config.train.batch_size
     dp = sizes["dp_replicate"] * sizes["dp_shard"]
     if dp > rows:
@@ -157,7 +160,13 @@ def _train(
     if config.data.bad_shards == "quarantine":
         with progress.section("prepare"):
             quarantined = from_main("quarantine", lambda: find_bad_shards(corpora, say), store)
-    training = Run(config, corpora, callbacks_of(config, console), quarantined, progress)
+    planned = None
+    if config.log.plan:
+        with progress.section("prepare"):
+            kind = select_device(config.train.device).type
+            planned = from_main("plan", lambda: planned_bytes(config, world_size(), kind), store)
+    callbacks = callbacks_of(config, console, planned)
+    training = Run(config, corpora, callbacks, quarantined, progress)
     if injector is not None:
         injector.attach(training)
     if quarantined and isinstance(training.stream, TrainStream):
@@ -203,12 +212,12 @@ def standing(run: Run, ended: bool) -> Standing:
     return Standing("stopped", code not in FOR_GOOD, reason(code), step, last)
 
 
-def callbacks_of(config: RunConfig, console: Console) -> list[Callback]:
-    """What surrounds the training on this process."""
+def callbacks_of(config: RunConfig, console: Console, planned: int | None = None) -> list[Callback]:
+    """What surrounds the training on this process; `planned` are the bytes that it should need."""
     callbacks: list[Callback] = [
         InterruptCallback(),
         GuardCallback(config.recovery),
-        MetricsCallback(),
+        MetricsCallback(planned),
         EvaluationCallback(),
         CheckpointCallback(),
     ]

@@ -151,7 +151,8 @@ def test_spilled_assignments_keep_their_weight() -> None:
     limit = math.ceil(1.0 * shares(SMALL, 0.5)[0] * 200)
     for row in after.ids_TK.view(2, 200):
         assert max(int((row == expert).sum()) for expert in range(4)) <= limit
-    assert int(spilled.sums("dropped")) == int(moved.sum())
+    assert int(spilled.sums("spilled")) == int(moved.sum())
+    assert int(spilled.sums("dropped")) == 0
     for name in ("expert_tokens", "prob_sums", "k_histogram"):
         assert torch.equal(spilled.sums(name), free.sums(name))
     executed_N = torch.bincount(after.ids_TK.flatten(), minlength=7)
@@ -169,6 +170,7 @@ def test_dropped_assignments_weigh_nothing() -> None:
     limited = visit(router, x_BSD, training=True)
     dropped = limited.ids_TK < 0
     assert int(dropped.sum()) == int(limited.sums("dropped")) > 40
+    assert int(limited.sums("spilled")) == 0
     expected_TK = free.weights_TK.masked_fill(dropped, 0)
     assert torch.equal(limited.routed.routing.weights_TK, expected_TK)
 
