@@ -97,6 +97,19 @@ class CheckpointConfig(ConfigNode):
     after that, older ones are used"""
 
 
+class WandbConfig(ConfigNode):
+    """Weights & Biases, beside TensorBoard; needs `pip install 'moebius[wandb]'`."""
+
+    project: str
+    """of the server"""
+    entity: str | None = None
+    """user or team; null: who is logged in"""
+    name: str | None = None
+    """of the run; null: that of its folder"""
+    mode: Literal["online", "offline"] = "online"
+    """offline: write to the run folder, for `wandb sync`"""
+
+
 class LogConfig(ConfigNode):
     """What is reported how often."""
 
@@ -112,6 +125,8 @@ class LogConfig(ConfigNode):
     plan: bool = False
     """simulate the layout before the run starts, as `moebius plan` does, which takes seconds to
     minutes, and report the memory that it needs beside the measured one"""
+    wandb: WandbConfig | None = None
+    """also send numbers and heat maps to Weights & Biases"""
     trace: bool = False
     """write norms of the gradient and the values of every parameter after every step to
     `<run_dir>/trace.jsonl`, for `moebius compare`"""

@@ -163,6 +163,11 @@ class Run:
         for callback in self.callbacks:
             callback.on_picture(self, name, image_HWC)
 
+    def write(self, name: str, markdown: str) -> None:
+        """Give a text of the present step to every callback that shows or stores it."""
+        for callback in self.callbacks:
+            callback.on_text(self, name, markdown)
+
     def tell(self, kind: str, text: str) -> None:
         """Tell every callback that shows or stores it of something out of the ordinary."""
         for callback in self.callbacks:

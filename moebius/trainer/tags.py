@@ -110,6 +110,8 @@ PICTURES = (
     ),
     Tag("depth/selected", "routed loops x passes: white half of the candidates, red all", DEPTH),
 )
+FINAL = ("train/loss", "eval/loss", "eval/bits_per_byte", "speed/tokens_per_second")
+"""what runs are compared by beside their options, as they end"""
 LAYOUT = {
     "1 training": {
         "loss": ["Multiline", ["train/loss", "eval/loss", "eval/topk_loss"]],

@@ -65,6 +65,9 @@ class Callback:
     def on_picture(self, run: Run, name: str, image_HWC: Tensor) -> None:
         """A callback drew the present step, uint8 `[height, width, 3]`, see `Run.show`."""
 
+    def on_text(self, run: Run, name: str, markdown: str) -> None:
+        """A callback has something to read of the present step, see `Run.write`."""
+
     def on_end(self, run: Run) -> None:
         """After the last step, or after the step in which a stop was asked for."""
 

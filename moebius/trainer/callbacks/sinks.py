@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from torch import Tensor
+from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from moebius.files import write_whole
 from moebius.trainer.callbacks.base import Callback
-from moebius.trainer.tags import LAYOUT
+from moebius.trainer.config import RunConfig
+from moebius.trainer.program_table import program_markdown
+from moebius.trainer.tags import FINAL, LAYOUT
 
 if TYPE_CHECKING:
     from moebius.trainer.run import Run
@@ -73,6 +76,20 @@ def _step_of(line: str) -> int:
         return 2**62
 
 
+def choices(config: RunConfig) -> dict[str, str | float]:
+    """What a run file chooses, by the path of the option; what it leaves as it is, is left out."""
+    found: dict[str, str | float] = {}
+    rest: list[tuple[str, Any]] = [("", config.model_dump(mode="json", exclude_defaults=True))]
+    while rest:
+        path, value = rest.pop()
+        if isinstance(value, dict):
+            rest += [(f"{path}.{name}" if path else name, node) for name, node in value.items()]
+        else:
+            is_plain = isinstance(value, str | float | int) and not isinstance(value, bool)
+            found[path] = value if is_plain else json.dumps(value)
+    return dict(sorted(found.items()))
+
+
 class TensorBoardSink(Callback):
     """Scalars for TensorBoard; a resumed run hides what it is about to do again."""
 
@@ -89,7 +106,11 @@ class TensorBoardSink(Callback):
         if run.step == 0:
             text = (run.folder / "config.yaml").read_text()
             self.writer.add_text("run/config", f"```yaml\n{text}\n```", 0)
+            length = run.config.data.sequence_length
+            self.writer.add_text("run/program", program_markdown(run.blueprint, length), 0)
             self.writer.add_custom_scalars(LAYOUT)
+        for summary in hparams(choices(run.config), dict.fromkeys(FINAL))[:2]:
+            self.writer._get_file_writer().add_summary(summary, run.step)
 
     def on_metrics(self, run: Run, metrics: dict[str, float]) -> None:
         """Write scalars at the optimizer step."""
@@ -102,6 +123,16 @@ class TensorBoardSink(Callback):
         """Write an image at the optimizer step."""
         if self.writer is not None:
             self.writer.add_image(name, image_HWC, run.step, dataformats="HWC")
+
+    def on_text(self, run: Run, name: str, markdown: str) -> None:
+        """Write a text at the optimizer step."""
+        if self.writer is not None:
+            self.writer.add_text(name, markdown, run.step)
+
+    def on_end(self, run: Run) -> None:
+        """Say that the options have led to what the curves end with."""
+        if self.writer is not None and run.step == run.config.train.num_steps:
+            self.writer._get_file_writer().add_summary(hparams({}, {})[2], run.step)
 
     def close(self) -> None:
         """Close the event file."""

@@ -44,6 +44,7 @@ from moebius.trainer.callbacks.profiler import ProfilerCallback
 from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
 from moebius.trainer.callbacks.trace import TraceCallback
+from moebius.trainer.callbacks.wandb import WandbSink
 from moebius.trainer.commands.arguments import whole
 from moebius.trainer.commands.preparing import workshop
 from moebius.trainer.config import RunConfig, settings
@@ -231,6 +232,8 @@ def callbacks_of(config: RunConfig, console: Console, planned: int | None = None
             PicturesCallback(),
             RoutingRecorder(),
         ]
+        if config.log.wandb is not None:
+            callbacks.append(WandbSink(config.log.wandb))
     if config.log.audit:
         callbacks.append(AuditCallback())
     if config.log.trace:
