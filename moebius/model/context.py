@@ -209,6 +209,16 @@ Recompute = Literal["none", "selective", "full"]
 (Korthikanti et al. 2022, arXiv 2205.05198); full: whole sublayers"""
 
 
+def in_full_rows(ids_BSK: Tensor, tokens: TokenContext) -> Tensor:
+    """What is known of present tokens at the places where these stand in their full rows, -1
+    elsewhere."""
+    width = tokens.row_length + 1
+    full = ids_BSK.new_full((len(ids_BSK), width, ids_BSK.shape[2]), -1)
+    # Empty slots have place -1: the extra column, which is cut off.
+    place_BS1 = tokens.place_BS.remainder(width).unsqueeze(-1)
+    return full.scatter(1, place_BS1.expand_as(ids_BSK), ids_BSK)[:, :-1]
+
+
 def _nobody(phase: str) -> None:
     """Nobody wants to know how a step goes on."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moebius.kernels.cross_entropy import token_cross_entropy
 from moebius.kernels.registry import PLAIN, Kernels
 from moebius.model.carry import Carry
-from moebius.model.context import DepthContext, StepContext, TokenContext
+from moebius.model.context import DepthContext, StepContext, TokenContext, in_full_rows
 from moebius.model.decoder import Decoder
 from moebius.model.ledger import Ledger
 from moebius.model.objective import TeacherModel, drawn_exits, exit_losses
@@ -135,7 +135,7 @@ class LocalExecutor:
         losses: dict[str, Tensor] = {}
         for number, batch in enumerate(micro_batches):
             share = batch.labels_BS.numel() / num_labels
-            ledger = Ledger(share, keep_routings=step.ledger.keep_routings)
+            ledger = Ledger(share, step.ledger.keep)
             own = replace(step, ledger=ledger, micro_batch=number)
             sums: dict[str, Tensor] = {}
             self.differentiate(partial(self._share_of_loss, batch, own, teacher, num_labels, sums))
@@ -320,6 +320,10 @@ class LocalExecutor:
         state = flow.loop or routing.begin(flow.x_BSD, context, segment.num_passes)
         step.ledger.work.add_candidates(segment.site(depth), state.active_BK.numel())
         state, chosen = routing.admit(state, segment.shares(step.step)[depth - 1], context)
+        if step.ledger.keep:
+            present_BK1 = torch.zeros_like(chosen.index_BK).unsqueeze(-1)
+            entering_BS1 = in_full_rows(present_BK1, tokens.take(chosen.index_BK))
+            step.ledger.record_decision(segment.site(depth), entering_BS1, tokens.sample_ids_B)
         entered = Entered(state, chosen, flow.carry, step.kernels)
         return entered, step.kernels.take_rows(state.inner_BSD, chosen.own_BK)
 

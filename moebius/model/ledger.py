@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from moebius.model.extent import Work
 from moebius.model.program import Site
 
+NO_SAMPLES, ALL_SAMPLES = range(0), range(sys.maxsize)
+
 
 class Ledger:
     """What one forward pass produces besides its output: auxiliary losses, statistics by site, and
@@ -18,17 +21,19 @@ class Ledger:
 
     Values stay on the device. `share` is this pass's part of all tokens of the optimizer step: it
     weights auxiliary losses, so that their sum over the micro-batches is a mean over the step.
-    With `keep_routings` it also holds every decision over width.
+    Of the samples with numbers in `keep` it also holds every decision.
     """
 
-    def __init__(self, share: float = 1.0, keep_routings: bool = False) -> None:
+    def __init__(self, share: float = 1.0, keep: range = NO_SAMPLES) -> None:
         self.share = share
-        self.keep_routings = keep_routings
+        self.keep = keep
         self.statistics: dict[Site, dict[str, Tensor]] = {}
         self.losses: dict[str, Tensor] = {}
         self.work = Work()
         self.routings: dict[Site, Tensor] = {}
-        """experts of each token, `[rows, S, K]`, -1 for none; rows in order of execution"""
+        """of kept samples: of routers over width the experts of each token, `[rows, S, K]`, -1 for
+        none; of passes that tokens are routed to 0 for those that enter, else -1, `[rows, S, 1]`;
+        rows in order of execution"""
 
     def record(self, site: Site, **sums: Tensor) -> None:
         """Add statistics of a site; they must be sums over tokens, so that passes can be added."""
@@ -36,6 +41,11 @@ class Ledger:
         for name, value in sums.items():
             value = value.detach()
             entry[name] = entry[name] + value if name in entry else value
+
+    def record_decision(self, site: Site, ids_BSK: Tensor, sample_ids_B: Tensor) -> None:
+        """Keep the decisions of a site for full rows whose samples are to be kept."""
+        kept_B = (sample_ids_B >= self.keep.start) & (sample_ids_B < self.keep.stop)
+        self.record_routing(site, ids_BSK[kept_B])
 
     def record_routing(self, site: Site, ids_BSK: Tensor) -> None:
         """Append the decisions of a site for more rows."""

@@ -173,7 +173,7 @@ class _Step:
     def _forward(self, stage: Stage, number: int) -> None:
         batch, key = self.micro_batches[number], (stage.number, number)
         share = batch.labels_BS.numel() / self.num_labels
-        ledger = self.ledgers.setdefault(number, Ledger(share, self.step.ledger.keep_routings))
+        ledger = self.ledgers.setdefault(number, Ledger(share, self.step.ledger.keep))
         step = replace(self.step, ledger=ledger, micro_batch=number)
         with self.local.autocast(batch.tokens_BS.device):
             tokens = self.tokens.pop(number, None) or self.local.tokens(batch)

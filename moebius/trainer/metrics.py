@@ -54,7 +54,7 @@ def width_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
     """`width/...`: how experts are used, see `docs/routing.md`."""
     sites = [
         (router, ledger.statistics[site])
-        for site, router in _routers(decoder).items()
+        for site, router in routers_of(decoder).items()
         if site in ledger.statistics
     ]
     if not sites:
@@ -97,7 +97,7 @@ def place_of(site: Site) -> str:
 def layer_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
     """`layers/...`: what `width_metrics` says of all, for each router call site."""
     metrics: dict[str, float] = {}
-    for site, router in _routers(decoder).items():
+    for site, router in routers_of(decoder).items():
         sums = ledger.statistics.get(site)
         if sums is None:
             continue
@@ -198,7 +198,7 @@ def ffn_flops_per_token(decoder: Decoder, ledger: Ledger, num_tokens: int) -> fl
     return sum(cost.ffn for cost in costs) / num_tokens
 
 
-def _routers(decoder: Decoder) -> dict[Site, Router]:
+def routers_of(decoder: Decoder) -> dict[Site, Router]:
     """The routers over width by their call sites."""
     return {
         site: router

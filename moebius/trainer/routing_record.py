@@ -18,7 +18,11 @@ SAMPLE_IDS = "sample_ids"
 def save_routing(folder: Path, step: int, sample_ids: Sequence[int], ledger: Ledger) -> None:
     """Write the decisions of a step: by site the experts `[B, S, K]`, int16."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {str(site): ids.to(torch.int16).cpu() for site, ids in ledger.routings.items()}
+    tensors = {
+        str(site): ids.to(torch.int16).cpu()
+        for site, ids in ledger.routings.items()
+        if not site.module.startswith("depth.")
+    }
     tensors[SAMPLE_IDS] = torch.tensor(sample_ids)
     path = folder / f"step-{step:08}.safetensors"
     temporary = path.with_suffix(".tmp")

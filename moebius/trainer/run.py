@@ -17,7 +17,7 @@ from moebius.errors import CheckpointError, DataError, MoebiusError, TrainingErr
 from moebius.model.config import ModelConfig
 from moebius.model.context import StepContext
 from moebius.model.decoder import Decoder
-from moebius.model.ledger import Ledger
+from moebius.model.ledger import NO_SAMPLES, Ledger
 from moebius.model.moe.forced import Replay
 from moebius.model.moe.replay import RoutingTable
 from moebius.model.objective import TeacherModel
@@ -40,6 +40,7 @@ from moebius.trainer.recovery.rewind import Rewind
 from moebius.trainer.restore import restore
 from moebius.trainer.resume import load
 from moebius.trainer.routing_record import load_routing
+from moebius.trainer.trails import ROWS
 from moebius.trainer.watch.progress import Progress, Section
 
 QUESTIONS = ("stop", "rewind", "writing")
@@ -86,7 +87,8 @@ class Run:
         )
         self.corpus = corpora.fingerprint
         self.validation = validation_readers(config.data, corpora, quarantined or {})
-        self.token_bytes_V = torch.from_numpy(token_bytes(load_tokenizer(corpora.tokenizer_file)))
+        self.tokenizer = load_tokenizer(corpora.tokenizer_file)
+        self.token_bytes_V = torch.from_numpy(token_bytes(self.tokenizer))
         self.stream = build_stream(
             config.data, corpora, config.train.batch_size, config.train.seed, quarantined or {}
         )
@@ -132,12 +134,30 @@ class Run:
         return self.step in (1, last) or self.step % interval == 0
 
     @property
+    def draws(self) -> bool:
+        """Whether the present step is drawn, see `log.picture_interval`."""
+        return self._is_drawn(self.step)
+
+    def _is_drawn(self, step: int) -> bool:
+        config = self.config
+        return step == config.train.num_steps or step % config.log.picture_interval == 0
+
+    @property
+    def _samples_to_keep(self) -> range:
+        """Of the batch that was taken last, the samples whose decisions are to be kept."""
+        config = self.config
+        first = self.stream.position - config.train.batch_size
+        if self.step < config.log.record_routing:
+            return range(first, first + config.train.batch_size)
+        return range(first, first + ROWS) if self._is_drawn(self.step + 1) else NO_SAMPLES
+
+    @property
     def step_context(self) -> StepContext:
-        """How the coming step is to be trained."""
+        """How the batch that was taken last is to be trained on."""
         config = self.config
         return StepContext(
             "topk",
-            Ledger(keep_routings=self.step < config.log.record_routing),
+            Ledger(keep=self._samples_to_keep),
             step=self.step,
             seed=config.train.seed,
             training=True,

@@ -96,6 +96,8 @@ TAGS = (
     Tag("depth/mean_passes", "made per token", CHOICE),
     Tag("depth/max_violation", "busiest depth over the mean, less 1", CHOICE),
     Tag("depth/choice_entropy", "of the depths that tokens choose, in nats", CHOICE),
+    Tag("tokens/passes_of_<class>", "mean passes of the tokens shown, see below", DEPTH),
+    Tag("tokens/experts_of_<class>", "mean experts that compute, likewise", MOE),
     Tag("data/documents_per_row", "documents or parts of them in a row, which has no padding"),
     Tag("data/context_tokens", "mean number of tokens that a token may look at, itself included"),
     Tag("data/<corpus>/weight", "present weight", MIXTURE),
@@ -109,6 +111,12 @@ PICTURES = (
         DYNAMIC,
     ),
     Tag("depth/selected", "routed loops x passes: white half of the candidates, red all", DEPTH),
+)
+TEXTS = (
+    Tag("run/config", "the configuration, defaults included; at the beginning"),
+    Tag("run/program", "the Program: visits in order, and their cost; at the beginning"),
+    Tag("tokens/passes", "a row, a square in the colour of its passes before each token", DEPTH),
+    Tag("tokens/experts", "likewise by its experts that compute, over all layers and passes", MOE),
 )
 FINAL = ("train/loss", "eval/loss", "eval/bits_per_byte", "speed/tokens_per_second")
 """what runs are compared by beside their options, as they end"""
@@ -170,6 +178,14 @@ def page() -> str:
         "Every `log.picture_interval` steps, in TensorBoard alone.",
         "",
         *table(PICTURES),
+        "",
+        "## Texts",
+        "",
+        "In TensorBoard; rows of tokens every `log.picture_interval` steps, and all that are shown",
+        "as pages in `<run_dir>/tokens`. A class of tokens is `word` (its beginning), `part`,",
+        "`digits`, `space` or `other`.",
+        "",
+        *table(TEXTS),
     ]
     return "\n".join(lines) + "\n"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moebius.model.carry import Carry
 from moebius.model.context import DepthContext, StepContext, TokenContext
-from moebius.model.ledger import Ledger
+from moebius.model.ledger import ALL_SAMPLES, Ledger
 from moebius.model.moe.config import MoEConfig
 from moebius.model.moe.layer import MoE
 from moebius.model.moe.losses import Load, SwitchLoss, switch_loss
@@ -307,7 +307,7 @@ def test_what_was_decided_is_not_decided_again(capacity: dict[str, Any] | None) 
     batch = random_batch(2, 16)
 
     def executed(step: StepContext) -> list[list[float]]:
-        ledger = Ledger(keep_routings=True)
+        ledger = Ledger(keep=ALL_SAMPLES)
         executor.hidden(batch, replace(step, ledger=ledger))
         loads = [sums["executed_tokens"].tolist() for sums in ledger.statistics.values()]
         return [*loads, *(ids.flatten().tolist() for ids in ledger.routings.values())]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moebius.model.context import Recompute, StepContext
 from moebius.model.decoder import Decoder
 from moebius.model.executor import TokenBatch
-from moebius.model.ledger import Ledger
+from moebius.model.ledger import ALL_SAMPLES, Ledger
 from moebius.model.moe.config import MoEConfig
 from moebius.model.parameters import ParameterSpec, Role, initialize, named_specs
 from moebius.parallel.config import ParallelConfig
@@ -301,7 +301,7 @@ def train(
         step = FIRST_STEP + number
         context = StepContext(
             "topk",
-            Ledger(keep_routings=True),
+            Ledger(keep=ALL_SAMPLES),
             step=step,
             seed=7,
             training=True,

@@ -15,7 +15,7 @@ from moebius.model.config import ModelConfig
 from moebius.model.context import Recompute, StepContext
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor, TokenBatch
-from moebius.model.ledger import Ledger
+from moebius.model.ledger import ALL_SAMPLES, Ledger
 from moebius.model.moe.replay import RoutingTable
 from moebius.model.parameters import initialize
 from moebius.trainer.config_file import load_config
@@ -79,7 +79,7 @@ def train(
     for step in (FIRST_STEP, FIRST_STEP + 1):
         context = StepContext(
             "topk",
-            Ledger(keep_routings=True),
+            Ledger(keep=ALL_SAMPLES),
             step=step,
             seed=3,
             training=True,
@@ -103,7 +103,7 @@ def train(
 def recorded_routing(depth: str) -> RoutingTable:
     """Decisions for the replay preset, drawn at random."""
     decoder = lively_decoder("duo_llm_random", depth)
-    batch, ledger = whole_batch(), Ledger(keep_routings=True)
+    batch, ledger = whole_batch(), Ledger(keep=ALL_SAMPLES)
     context = StepContext("topk", ledger, training=True)
     loss_sum(LocalExecutor(decoder), batch, context)
     return RoutingTable(batch.sample_ids_B, {str(s): t for s, t in ledger.routings.items()})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moebius.model.carry import Carry
 from moebius.model.config import ModelConfig
-from moebius.model.context import DepthContext, TokenContext
+from moebius.model.context import DepthContext, TokenContext, in_full_rows
 from moebius.model.ledger import Ledger
 from moebius.model.moe.config import RouterConfig
 from moebius.model.moe.controllers import Controller, score_histogram
@@ -280,16 +280,9 @@ class Router(ParameterModule):
         if any(controller.needs_histogram for controller in self._controllers()):
             histogram = score_histogram(scores.affinity_TN.detach(), valid_T)
             ledger.record(route.site, score_histogram=histogram)
-        if ledger.keep_routings:
-            ledger.record_routing(route.site, self._in_full_rows(chosen.ids_TK, route))
-
-    def _in_full_rows(self, ids_TK: Tensor, route: RouteContext) -> Tensor:
-        """Ids `[B, S, K]` at the places where tokens stand in their rows, -1 elsewhere."""
-        ids_BSK: Tensor = ids_TK.unflatten(0, route.shape)
-        full = ids_BSK.new_full((route.shape[0], route.tokens.row_length + 1, ids_BSK.shape[2]), -1)
-        # Empty slots have place -1: the extra column, which is cut off.
-        place_BS1 = route.tokens.place_BS.remainder(route.tokens.row_length + 1).unsqueeze(-1)
-        return full.scatter(1, place_BS1.expand_as(ids_BSK), ids_BSK)[:, :-1]
+        if ledger.keep:
+            ids_BSK = in_full_rows(chosen.ids_TK.unflatten(0, route.shape), route.tokens)
+            ledger.record_decision(route.site, ids_BSK, route.tokens.sample_ids_B)
 
     @property
     def computing_target(self) -> float | None:

@@ -297,7 +297,7 @@ class RingStep:
         """With a ledger for the rows of the event."""
         number, labels_BS = event.micro_batch, self.micro_batches[event.micro_batch].labels_BS
         share = (end - start) * labels_BS.shape[1] / self.num_labels
-        ledger = Ledger(share, self.step.ledger.keep_routings)
+        ledger = Ledger(share, self.step.ledger.keep)
         self.ledgers[_key(event)] = ledger
         return replace(self.step, ledger=ledger, micro_batch=number)
 

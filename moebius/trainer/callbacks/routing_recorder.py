@@ -19,5 +19,5 @@ class RoutingRecorder(Callback):
 
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """Write the step that has just ended, if it was to be recorded."""
-        if report.ledger.routings:
+        if run.step <= run.config.log.record_routing:
             save_routing(run.folder / "routing", run.step, report.sample_ids, report.ledger)

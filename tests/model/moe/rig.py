@@ -13,7 +13,7 @@ from moebius.model.config import AttentionConfig, DenseConfig, ModelConfig
 from moebius.model.context import DepthContext, StepContext, TokenContext
 from moebius.model.decoder import Decoder
 from moebius.model.executor import LocalExecutor, StepResult, TokenBatch
-from moebius.model.ledger import Ledger
+from moebius.model.ledger import NO_SAMPLES, Ledger
 from moebius.model.moe.config import RouterConfig
 from moebius.model.moe.losses import Load, Observation
 from moebius.model.moe.pool import ExpertKind, PoolShape
@@ -221,12 +221,12 @@ class Step(NamedTuple):
 def gradients(
     decoder: Decoder,
     micro_batches: Sequence[TokenBatch],
-    keep_routings: bool = False,
+    keep: range = NO_SAMPLES,
     **step: Any,
 ) -> Step:
     """Loss, ledger and gradients of a step in training; parameters stay as they are."""
     decoder.zero_grad(set_to_none=True)
-    context = StepContext("topk", Ledger(keep_routings=keep_routings), training=True, **step)
+    context = StepContext("topk", Ledger(keep=keep), training=True, **step)
     result = LocalExecutor(decoder).accumulate_gradients(micro_batches, context)
     found = {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
     decoder.zero_grad(set_to_none=True)
