@@ -54,6 +54,7 @@ class CheckpointCallback(Callback):
             self.done_at = run.step
 
     def _settle(self, run: Run) -> None:
+        step = self.done_at if run.saver.pending else None
         try:
             with run.progress.section("save"):
                 warning = run.saver.settle()
@@ -65,5 +66,7 @@ class CheckpointCallback(Callback):
             self._begin(run)
             return
         self.failed = False
+        if step is not None:
+            run.tell("saved", f"step {step}")
         if warning:
             run.tell("not deleted", warning)

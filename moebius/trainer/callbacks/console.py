@@ -1,12 +1,14 @@
-"""What a person sees: a live bar in a terminal, plain lines everywhere else."""
+"""What a person sees: a live view in a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from moebius.trainer.callbacks.base import Callback, StepReport
 
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class ConsoleCallback(Callback):
-    """One line per report; in a terminal a progress bar below them.
+    """In a terminal a live view of the last report under the lines of evaluations and events; else
+    one line per report.
 
     Not a terminal means a log file: no escape codes, no carriage returns, one line per interval.
     """
@@ -25,75 +28,97 @@ class ConsoleCallback(Callback):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.progress = Progress(
+        self.is_live = console.is_terminal and not console.quiet
+        self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[status]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[eta]}"),
             console=console,
-            disable=console.quiet or not console.is_terminal,
+            expand=True,
         )
+        self.report = ""
+        """the line of the last one"""
+        self.happened = ""
+        """the last event"""
+        self.live = Live(
+            get_renderable=self.view, console=console, refresh_per_second=4, auto_refresh=True
+        )
+
+    def view(self) -> Group:
+        """The bar, the parts of the last report that belong together on a line, the last event."""
+        lines = [line for line in (*self.report.splitlines(), self.happened) if line]
+        return Group(self.bar, *(Text(line, overflow="ellipsis", no_wrap=True) for line in lines))
 
     def on_start(self, run: Run) -> None:
         """Say where the run begins."""
         num_steps = run.config.train.num_steps
-        for task in self.progress.task_ids:  # of before the run went back
-            self.progress.remove_task(task)
-        self.task = self.progress.add_task(
-            "train", total=num_steps, completed=run.step, status="starting"
-        )
-        self.progress.start()
+        for task in self.bar.task_ids:  # of before the run went back
+            self.bar.remove_task(task)
+        self.task = self.bar.add_task("train", total=num_steps, completed=run.step, eta="starting")
         begin = f"continuing after step {run.step}" if run.step else "starting"
         self._print(f"{begin}: {num_steps} steps on {run.device.type}, run folder {run.folder}")
+        if self.is_live:
+            self.live.start()
 
     def on_step_end(self, run: Run, report: StepReport) -> None:
         """Move the bar."""
-        self.progress.update(self.task, completed=run.step)
+        self.bar.update(self.task, completed=run.step)
 
     def on_metrics(self, run: Run, metrics: dict[str, float]) -> None:
-        """Print a training or an evaluation line."""
-        step = f"step {run.step:>{len(str(run.config.train.num_steps))}}"
+        """Show a report of training or of an evaluation."""
+        num_steps = run.config.train.num_steps
+        step = f"step {run.step:>{len(str(num_steps))}}"
         if "train/loss" in metrics:
-            remaining = run.config.train.num_steps - run.step
-            line = training_line(metrics, remaining * metrics["speed/step_seconds"])
-            self.progress.update(self.task, status=line)
-            self._print(f"{step}/{run.config.train.num_steps} | {line}")
+            seconds = (num_steps - run.step) * metrics["speed/step_seconds"]
+            parts = training_parts(metrics)
+            self.report = "\n".join(parts)
+            self.bar.update(self.task, eta=f"ETA {duration(seconds)}")
+            if not self.is_live:
+                first, *rest = parts
+                line = " | ".join((first, f"ETA {duration(seconds)}", *rest))
+                self._print(f"{step}/{num_steps} | {line}")
         elif "eval/loss" in metrics:
             self._print(f"{step} | {evaluation_line(metrics)}")
 
     def on_event(self, run: Run, kind: str, text: str) -> None:
         """Print what happened."""
+        self.happened = f"{clock()} | {kind}: {text}"
         self._print(f"{kind}: {text}")
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        self.progress.stop()
+        self.live.stop()
 
     def _print(self, line: str) -> None:
-        self.console.print(
-            f"{time.strftime('%H:%M:%S')} | {line}", highlight=False, markup=False, soft_wrap=True
-        )
+        self.console.print(f"{clock()} | {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-def training_line(metrics: dict[str, float], eta_seconds: float) -> str:
-    """Loss, speed and, where the model has them, the health of its routers."""
+def clock() -> str:
+    """The time of day."""
+    return time.strftime("%H:%M:%S")
+
+
+def training_parts(metrics: dict[str, float]) -> list[str]:
+    """Loss and speed and, where the model has them, the health of its routers over width and of
+    those over depth."""
     parts = [
-        f"loss {metrics['train/loss']:.4f}",
-        f"{metrics['speed/tokens_per_second']:,.0f} tok/s",
-        f"MFU {metrics['speed/mfu']:.1%}",
-        f"ETA {duration(eta_seconds)}",
+        f"loss {metrics['train/loss']:.4f} | {metrics['speed/tokens_per_second']:,.0f} tok/s | "
+        f"MFU {metrics['speed/mfu']:.1%}"
     ]
     if "width/computing_share" in metrics:
         parts.append(
             f"k {metrics['width/experts_per_token']:.1f}, "
             f"{metrics['width/computing_share']:.0%} ffn, "
-            f"load x{metrics['width/load_max_over_mean']:.1f}"
+            f"load x{metrics['width/load_max_over_mean']:.1f}, "
+            f"{metrics['width/dead_share']:.0%} dead"
         )
+    depth = []
     if "depth/agreement" in metrics:
-        parts.append(f"depth {metrics['depth/agreement']:.0%} causal")
+        depth.append(f"depth {metrics['depth/agreement']:.0%} causal")
     if "depth/mean_passes" in metrics:
-        parts.append(f"{metrics['depth/mean_passes']:.2f} passes")
-    return " | ".join(parts)
+        depth.append(f"{metrics['depth/mean_passes']:.2f} passes")
+    return [*parts, ", ".join(depth)] if depth else parts
 
 
 def evaluation_line(metrics: dict[str, float]) -> str:
