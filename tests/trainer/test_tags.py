@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from moebius.trainer.config import RunConfig
 from moebius.trainer.pictures import CELL, COLD, EVEN, HOT, NONE, heat_map
@@ -15,10 +16,12 @@ from moebius.trainer.tags import (
     DEPTH,
     EVALUATION,
     EXPERT_CHOICE,
+    FINAL,
     LAYOUT,
     MOE,
     PICTURES,
     TAGS,
+    TEXTS,
     documented,
     page,
 )
@@ -49,6 +52,32 @@ def test_every_tag_of_a_run_is_documented_and_the_other_way_round(run_tree: dict
     images = set(found.Tags()["images"])
     assert images == {tag.name for tag in PICTURES if tag.name != "width/experts_per_token"}
     assert [image.step for image in found.Images("width/load")] == [4, 6]
+    texts = {name.removesuffix("/text_summary") for name in found.Tags()["tensors"]}
+    assert texts - {"custom_scalars__config__"} == {tag.name for tag in TEXTS}
+
+
+def test_options_and_final_metrics_are_read_back(run_tree: dict[str, Any]) -> None:
+    """As TensorBoard's page of hyperparameters reads them; the session ends with the last step."""
+    tree = run_tree | {"checkpoint": {"interval": 2}}
+    found = {}
+    for stop_after in (2, None):
+        folder = train_run(RunConfig.model_validate(tree), stop_after=stop_after).folder
+        read = events(folder).SummaryMetadata
+        contents = events(folder).PluginTagToContent("hparams")
+        found[stop_after] = {
+            tag.removeprefix("_hparams_/"): HParamsPluginData.FromString(content)
+            for tag, content in contents.items()
+        }
+        assert read("_hparams_/session_start_info").plugin_data.plugin_name == "hparams"
+    assert set(found[2]) == {"experiment", "session_start_info"}
+    assert set(found[None]) == {*found[2], "session_end_info"}
+    options = found[None]["session_start_info"].session_start_info.hparams
+    assert options["train.batch_size"].number_value == 4
+    assert options["model.depth.router.kind"].string_value == "expert_choice"
+    assert "optim.weight_decay" not in options, "left as it is"
+    metrics = found[None]["experiment"].experiment.metric_infos
+    assert [metric.name.tag for metric in metrics] == list(FINAL)
+    assert set(FINAL) <= set(events(folder).Tags()["scalars"])
 
 
 def test_charts_show_what_there_is() -> None:

@@ -77,9 +77,9 @@ def _step_of(line: str) -> int:
 
 
 def choices(config: RunConfig) -> dict[str, str | float]:
-    """What a run file chooses, by the path of the option; what it leaves as it is, is left out."""
+    """What a run file says, by the path of the option."""
     found: dict[str, str | float] = {}
-    rest: list[tuple[str, Any]] = [("", config.model_dump(mode="json", exclude_defaults=True))]
+    rest: list[tuple[str, Any]] = [("", config.model_dump(mode="json", exclude_unset=True))]
     while rest:
         path, value = rest.pop()
         if isinstance(value, dict):
