@@ -125,7 +125,7 @@ class MetricsCallback(Callback):
         )
 
     def _own(self, run: Run, report: StepReport) -> Share:
-        self._measure(run, seconds=0.05)
+        self._measure(run, seconds=0.01)
         return Share(
             busy=self.busy / self.steps,
             peak=self.peak,
