@@ -142,7 +142,7 @@ def test_a_backward_pass_that_went_wrong_is_told_from_the_rest(
     found = compared(capsys, tmp_path / "a", tmp_path / "b")
     assert found["step"] == 3
     training = [d["name"] for d in found["metrics"] if not d["name"].startswith("eval/")]
-    assert training == ["train/grad_norm"]
+    assert training == ["train/grad_norm", "train/param_norm"]
     layers = {layer_of(d["name"]) for d in found["gradients"]}
     assert layers == {"embedding", "layer 0", "layer 1", "layer 2"}
     assert (found["origin"]["layer"], found["origin"]["edge"]) == ("layer 2", "last")
@@ -180,10 +180,11 @@ def test_runs_without_a_trace_and_single_files(
     logs = [tmp_path / name / "metrics.jsonl" for name in ("a", "b")]
     for pair in ((tmp_path / "a", tmp_path / "b"), logs):
         found = compared(capsys, *pair)
-        assert (found["step"], found["origin"], found["traced"]) == (5, None, [0, 0])
-        assert found["largest"][0] >= 5
+        assert (found["step"], found["origin"], found["traced"]) == (4, None, [0, 0])
+        assert [metric["name"] for metric in found["metrics"]] == ["train/param_norm"]
+        assert found["largest"][0] > 4
     text = printed(capsys, tmp_path / "a", tmp_path / "b")
-    assert "the first difference is at step 5" in text
+    assert "the first difference is at step 4" in text
     assert "the largest difference is at step " in text
     assert "log.trace=true names layers" in text
     assert not (tmp_path / "a" / "trace.jsonl").exists()
