@@ -59,6 +59,9 @@ class Callback:
     def on_event(self, run: Run, kind: str, text: str) -> None:
         """Something out of the ordinary happened, see `Run.tell`."""
 
+    def on_saved(self, run: Run, step: int) -> None:
+        """The checkpoint of a step is complete."""
+
     def on_metrics(self, run: Run, metrics: dict[str, float]) -> None:
         """A callback published numbers for the present step, see `Run.publish`."""
 

@@ -67,6 +67,7 @@ class CheckpointCallback(Callback):
             return
         self.failed = False
         if step is not None:
-            run.tell("saved", f"step {step}")
+            for callback in run.callbacks:
+                callback.on_saved(run, step)
         if warning:
             run.tell("not deleted", warning)

@@ -40,13 +40,13 @@ class ConsoleCallback(Callback):
         self.report = ""
         """the line of the last one"""
         self.happened = ""
-        """the last event"""
+        """the last event or checkpoint"""
         self.live = Live(
             get_renderable=self.view, console=console, refresh_per_second=4, auto_refresh=True
         )
 
     def view(self) -> Group:
-        """The bar, the parts of the last report that belong together on a line, the last event."""
+        """The bar, the parts of the last report that belong together on a line, and what happened last."""
         lines = [line for line in (*self.report.splitlines(), self.happened) if line]
         return Group(self.bar, *(Text(line, overflow="ellipsis", no_wrap=True) for line in lines))
 
@@ -83,12 +83,19 @@ class ConsoleCallback(Callback):
 
     def on_event(self, run: Run, kind: str, text: str) -> None:
         """Print what happened."""
-        self.happened = f"{clock()} | {kind}: {text}"
-        self._print(f"{kind}: {text}")
+        self._tell(f"{kind}: {text}")
+
+    def on_saved(self, run: Run, step: int) -> None:
+        """Print that there is a checkpoint."""
+        self._tell(f"saved: step {step}")
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         self.live.stop()
+
+    def _tell(self, line: str) -> None:
+        self.happened = f"{clock()} | {line}"
+        self._print(line)
 
     def _print(self, line: str) -> None:
         self.console.print(f"{clock()} | {line}", highlight=False, markup=False, soft_wrap=True)
