@@ -46,7 +46,7 @@ class ConsoleCallback(Callback):
         )
 
     def view(self) -> Group:
-        """The bar, the parts of the last report that belong together on a line, and what happened last."""
+        """The bar, a line for each part of the last report, and what happened last."""
         lines = [line for line in (*self.report.splitlines(), self.happened) if line]
         return Group(self.bar, *(Text(line, overflow="ellipsis", no_wrap=True) for line in lines))
 
