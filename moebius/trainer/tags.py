@@ -28,7 +28,7 @@ CHOICE, EXPERT_CHOICE = "tokens that choose their depth", "passes that choose th
 DYNAMIC, BIASED = "a dynamic number", "controllers of a bias"
 BOTH_KINDS = "zero-computation experts"
 MIXTURE, SEVERAL, EXITS = "a mixture of corpora", "several processes", "early exits"
-EVALUATION, PLANNED = "evaluation", "`log.plan`"
+EVALUATION, PLANNED, SINGLE = "evaluation", "`log.plan`", "a single corpus"
 TAGS = (
     Tag("train/loss", "mean cross-entropy of the step in nats per token, without auxiliary losses"),
     Tag("train/bits_per_byte", "the same in bits per byte of the text of the labels"),
@@ -37,7 +37,7 @@ TAGS = (
     Tag("train/param_norm", "of all trained parameters, after the step"),
     Tag("train/lr", "learning rate"),
     Tag("train/tokens", "tokens of the stream up to here, those of samples left out included"),
-    Tag("train/epoch", "how often the corpus has been read", "a single corpus"),
+    Tag("train/epoch", "how often the corpus has been read", SINGLE),
     Tag("eval/loss", "validation loss, passes selecting causally as generation does", EVALUATION),
     Tag("eval/bits_per_byte", "the same in bits per byte", EVALUATION),
     Tag("eval/topk_loss", "selecting as in training, looking ahead", EXPERT_CHOICE),

@@ -20,6 +20,7 @@ from moebius.trainer.tags import (
     LAYOUT,
     MOE,
     PICTURES,
+    SINGLE,
     TAGS,
     TEXTS,
     documented,
@@ -27,7 +28,7 @@ from moebius.trainer.tags import (
 )
 from tests.trainer.helpers import REPOSITORY, train_run
 
-HERE = {"", MOE, BOTH_KINDS, DEPTH, EXPERT_CHOICE, EVALUATION, "a single corpus"}
+HERE = {"", MOE, BOTH_KINDS, DEPTH, EXPERT_CHOICE, EVALUATION, SINGLE}
 """what is true of the run of `run_tree`"""
 
 

@@ -41,6 +41,10 @@ Phase = Literal[
 ]
 
 
+HOOKED = ("forward", "backward")
+"""phases that faults happen in the middle of, and not where they begin"""
+
+
 class Fault(ConfigNode):
     """Something bad that happens to a process at some point of the training."""
 
@@ -84,7 +88,7 @@ class FaultInjector:
         self.folder = Path(run_dir) / "faults"
         self.faults = {number: fault for number, fault in enumerate(faults) if fault.rank == rank()}
         self.run: Run | None = None
-        progress.listeners.append(self._reached)
+        progress.listeners.append(self._hear)
 
     def attach(self, run: Run) -> None:
         """See inside of steps, too."""
@@ -99,6 +103,10 @@ class FaultInjector:
         if "backward" in phases or kinds & {"nan", "flip"}:
             parameter = next(p for p in run.decoder.parameters() if p.requires_grad and p.numel())
             parameter.register_hook(self._gradient)
+
+    def _hear(self, section: str, phase: str) -> None:
+        if phase not in HOOKED:
+            self._reached(section, phase)
 
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
         if torch.is_grad_enabled():
