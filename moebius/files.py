@@ -28,7 +28,7 @@ def sync(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that readers see with its old content or with all of the new one."""
     with replaced(path, path.with_name(f"{path.name}.tmp")) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -252,7 +252,8 @@ class StepContext:
     repeated by the second, in which rounding may be another"""
 
     mark: Callable[[str], object] = _nobody
-    """told `forward` and `backward` where such work of a training step begins"""
+    """told `forward` and `backward` where such work of a training step begins, and `merge` where
+    processes put together what they have"""
 
     def decide(self, site: Site, what: str, choose: Callable[[], Tensor]) -> Tensor:
         """A choice of a router, or the one that it has made before."""

@@ -151,6 +151,7 @@ class Layout:
         """Gradients of this process's micro-batches, still to be reduced by the engine, and the
         result of the whole step, which has so many labels."""
         result = self.executor.accumulate_gradients(micro_batches, step, teacher, num_labels)
+        step.mark("merge")
         return merge_results(result, self.mesh)
 
 

@@ -41,9 +41,10 @@ def _merge_rows(ledger: Ledger, dp: Group) -> Ledger:
     for (site, part), flat in zip(ledger.statistics.items(), sums[1:], strict=True):
         merged.statistics[site] = _unflatten(part, flat)
     merged.work = _work_of(ledger.work, work.tolist())
-    for site, ids_BSK in ledger.routings.items():
-        for rows in dp.objects(ids_BSK.cpu()):
-            merged.record_routing(site, rows)
+    if ledger.routings:
+        for found in dp.objects(_to(ledger.routings, "cpu")):
+            for site, rows in found.items():
+                merged.record_routing(site, rows)
     return merged
 
 

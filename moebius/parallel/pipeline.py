@@ -73,6 +73,7 @@ class PipelineExecutor:
             run.known |= known_to_have_arrived(actions[self.rank_of(number - 1)], number)
         for action in actions[rank]:
             run.do(action)
+        step.mark("merge")
         self.channel.wait()
         return merge_depth(run.losses, run.ledgers, self.channel.group, self.channel.device)
 

@@ -116,7 +116,7 @@ class LogConfig(ConfigNode):
     interval: PositiveInt = 10
     """steps between reports to console, TensorBoard and metrics.jsonl; the first step always"""
     picture_interval: PositiveInt = 100
-    """steps between heat maps of routing in TensorBoard; the last step always"""
+    """steps between heat maps of routing and pages of coloured tokens; the last step always"""
     record_routing: NonNegativeInt = 0
     """write the experts of every token of so many first steps to `<run_dir>/routing`, for the
     selector `replay`"""
@@ -330,6 +330,16 @@ def compile_rules(config: RunConfig) -> Iterator[Problem]:
         yield Problem("kernels.attention", f"{attention} with kernels.compile=true; use sdpa")
 
 
+def plan_rules(config: RunConfig) -> Iterator[Problem]:
+    """The planner knows not every run."""
+    for option, is_there in (
+        ("parallel.engine=deepspeed", config.parallel.engine == "deepspeed"),
+        ("a teacher (distillation)", config.distillation is not None),
+    ):
+        if config.log.plan and is_there:
+            yield Problem("log.plan", f"true, but {option} is not simulated; use false")
+
+
 def profile_rules(config: RunConfig) -> Iterator[Problem]:
     """Steps of a profile must be steps of the run."""
     if config.profile is None:
@@ -351,6 +361,7 @@ RUN_RULES = (
     muon_rules,
     compile_rules,
     profile_rules,
+    plan_rules,
 )
 
 

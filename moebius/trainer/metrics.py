@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -67,11 +66,10 @@ def width_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
         float(sums["executed_tokens"][: router.pool.num_computing].sum()) for router, sums in sites
     )
     squares = sum(float(sums["logsumexp_squares"]) for sums in each)
-    targets = [target for router, _ in sites if (target := router.computing_target) is not None]
     spreads = [_bias_spread(sums) for sums in each if "bias_spread" in sums]
     metrics = {
         "computing_share": executed / max(assignments, 1),
-        **({"target_computing_share": fmean(targets)} if targets else {}),
+        **_target(sites),
         "experts_per_token": assignments / max(tokens, 1),
         "experts_per_token_std": max(_deviation(sums["k_histogram"]) for sums in each),
         **_shares_of_k([sums for router, sums in sites if not router.config.selector.fixed_k]),
@@ -105,7 +103,7 @@ def layer_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
         tokens, assignments = float(sums["tokens"]), float(sums["expert_tokens"].sum())
         of_site = {
             "computing_share": float(sums["executed_tokens"][:number].sum()) / max(assignments, 1),
-            **({} if target is None else {"target_computing_share": target}),
+            **({} if target in (None, 1.0) else {"target_computing_share": target}),
             "experts_per_token": assignments / max(tokens, 1),
             "load_max_over_mean": _max_over_mean(sums["expert_tokens"][:number]),
             "dead_share": float((sums["expert_tokens"] == 0).float().mean()),
@@ -116,6 +114,18 @@ def layer_metrics(decoder: Decoder, ledger: Ledger) -> dict[str, float]:
         }
         metrics |= {f"layers/{place_of(site)}/{name}": value for name, value in of_site.items()}
     return metrics
+
+
+def _target(sites: Sequence[tuple[Router, Mapping[str, Tensor]]]) -> dict[str, float]:
+    """What the share of experts that compute would be if every site met its own target, where all
+    have one and it is not 1 at all of them."""
+    targets = [router.computing_target for router, _ in sites]
+    known = [target for target in targets if target is not None]
+    if len(known) < len(sites) or min(known) == 1:
+        return {}
+    weights = [float(sums["expert_tokens"].sum()) for _, sums in sites]
+    total = sum(target * weight for target, weight in zip(known, weights, strict=True))
+    return {"target_computing_share": total / max(sum(weights), 1)}
 
 
 def _max_over_mean(load_N: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 from moebius.config import Problem
@@ -31,13 +32,17 @@ def check_plannable(config: RunConfig) -> None:
         )
 
 
-def planned_bytes(config: RunConfig, processes: int, device_type: str) -> int:
+def planned_bytes(config: RunConfig, processes: int, device_type: str) -> int | None:
     """Memory that a run needs in the process that needs most, headroom included.
 
-    Worked out in a process of its own: the simulation has a world of its own.
+    Worked out in a process of its own: the simulation has a world of its own. None where that was
+    killed.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_planned_bytes, config, processes, device_type).result()
+        try:
+            return pool.submit(_planned_bytes, config, processes, device_type).result()
+        except BrokenProcessPool:
+            return None
 
 
 def _planned_bytes(config: RunConfig, processes: int, device_type: str) -> int:

@@ -183,7 +183,7 @@ class Run:
         for callback in self.callbacks:
             callback.on_picture(self, name, image_HWC)
 
-    def write(self, name: str, markdown: str) -> None:
+    def show_text(self, name: str, markdown: str) -> None:
         """Give a text of the present step to every callback that shows or stores it."""
         for callback in self.callbacks:
             callback.on_text(self, name, markdown)

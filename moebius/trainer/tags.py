@@ -26,7 +26,7 @@ class Tag:
 MOE, DEPTH = "experts", "a router over depth"
 CHOICE, EXPERT_CHOICE = "tokens that choose their depth", "passes that choose their tokens"
 DYNAMIC, BIASED = "a dynamic number", "controllers of a bias"
-BOTH_KINDS = "zero-computation experts"
+BOTH_KINDS = "zero-computation experts, a budget or balance loss"
 MIXTURE, SEVERAL, EXITS = "a mixture of corpora", "several processes", "early exits"
 EVALUATION, PLANNED, SINGLE = "evaluation", "`log.plan`", "a single corpus"
 TAGS = (
@@ -97,7 +97,7 @@ TAGS = (
     Tag("depth/max_violation", "busiest depth over the mean, less 1", CHOICE),
     Tag("depth/choice_entropy", "of the depths that tokens choose, in nats", CHOICE),
     Tag("tokens/passes_of_<class>", "mean passes of the tokens shown, see below", DEPTH),
-    Tag("tokens/experts_of_<class>", "mean experts that compute, likewise", MOE),
+    Tag("tokens/experts_of_<class>", "mean chosen experts that compute, likewise", MOE),
     Tag("data/documents_per_row", "documents or parts of them in a row, which has no padding"),
     Tag("data/context_tokens", "mean number of tokens that a token may look at, itself included"),
     Tag("data/<corpus>/weight", "present weight", MIXTURE),
@@ -116,7 +116,7 @@ TEXTS = (
     Tag("run/config", "the configuration, defaults included; at the beginning"),
     Tag("run/program", "the Program: visits in order, and their cost; at the beginning"),
     Tag("tokens/passes", "a row, a square in the colour of its passes before each token", DEPTH),
-    Tag("tokens/experts", "likewise by its experts that compute, over all layers and passes", MOE),
+    Tag("tokens/experts", "likewise by chosen experts that compute, of all layers and passes", MOE),
 )
 FINAL = ("train/loss", "eval/loss", "eval/bits_per_byte", "speed/tokens_per_second")
 """what runs are compared by beside their options, as they end"""
@@ -175,7 +175,7 @@ def page() -> str:
         "",
         "## Pictures",
         "",
-        "Every `log.picture_interval` steps, in TensorBoard alone.",
+        "Every `log.picture_interval` steps, in TensorBoard and Weights & Biases.",
         "",
         *table(PICTURES),
         "",

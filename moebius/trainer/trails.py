@@ -50,7 +50,8 @@ class Trail:
 
 def trails(decoder: Decoder, ledger: Ledger, num_rows: int) -> list[Trail]:
     """Of the first rows whose decisions a ledger keeps: experts that compute, where there are
-    routers over width, and passes of routed loops, where there are such."""
+    routers over width, as chosen before capacities; and passes of routed loops, where there are
+    such."""
     routers = routers_of(decoder)
     experts, passes = [], []
     for site, ids_BSK in ledger.routings.items():
@@ -62,30 +63,32 @@ def trails(decoder: Decoder, ledger: Ledger, num_rows: int) -> list[Trail]:
             passes.append((ids_BSK[..., 0] >= 0).long())
     found = []
     if experts:
-        meaning = "experts that compute, of all layers and passes"
+        meaning = "chosen experts that compute, over all layers and passes"
         found.append(Trail("experts", meaning, torch.stack(experts).sum(dim=0)))
     if passes:
         found.append(Trail("passes", "passes of routed loops", torch.stack(passes).sum(dim=0)))
     return found
 
 
-def class_of(text: str) -> str:
-    """What kind of token a text is: the beginning of a `word` or a further `part` of one, `digits`,
-    `space`, or `other` signs."""
+def class_of(text: str, before: str) -> str:
+    """What kind of token a text is after another one: the beginning of a `word` or a further `part`
+    of one, `digits`, `space`, or `other` signs."""
     if not text.strip():
         return "space"
     if any(character.isdigit() for character in text):
         return "digits"
     if any(character.isalpha() for character in text):
-        return "word" if text[0].isspace() else "part"
+        return "part" if before[-1:].isalnum() and text[0].isalnum() else "word"
     return "other"
 
 
 def means_by_class(trail: Trail, texts: Sequence[str]) -> dict[str, float]:
     """The mean count of the tokens of each class; `texts` are of all rows in order."""
     counts: dict[str, list[int]] = {}
-    for text, count in zip(texts, trail.count_BS.flatten().tolist(), strict=True):
-        counts.setdefault(class_of(text), []).append(count)
+    length = trail.count_BS.shape[1]
+    for number, count in enumerate(trail.count_BS.flatten().tolist()):
+        before = texts[number - 1] if number % length else ""
+        counts.setdefault(class_of(texts[number], before), []).append(count)
     return {kind: sum(of_kind) / len(of_kind) for kind, of_kind in sorted(counts.items())}
 
 

@@ -176,5 +176,5 @@ def test_numbers_of_a_run(run_tree: dict[str, Any], tmp_path: Path) -> None:
 def test_what_is_not_simulated_cannot_be_planned(run_tree: dict[str, Any], tmp_path: Path) -> None:
     tree = run_tree | {"log": {"plan": True}, "parallel": {"engine": "deepspeed"}}
     result = moebius("train", write_config(tree, tmp_path / "run.yaml"))
-    assert "parallel.engine: deepspeed is not simulated" in error_line(result)
+    assert "log.plan: true, but parallel.engine=deepspeed is not simulated" in error_line(result)
     assert not (tmp_path / "run").exists()

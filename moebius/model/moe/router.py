@@ -187,7 +187,7 @@ class Router(ParameterModule):
         for candidates in self.config.candidates:
             mask = candidates.mask(select_TN, self.pool, route)
             select_TN = select_TN.masked_fill(~mask, float("-inf"))
-        scores = Scores(affinity_TN, norm.probabilities(affinity_TN), select_TN, threshold)
+        scores = Scores(affinity_TN, norm.probabilities(affinity_TN), select_TN, threshold, bias_N)
         if picked is not None:
             logsumexp_T = picked.logsumexp_T if scaled_TN is logits_TN else None
             scores = replace(scores, entropy_T=picked.entropy_T, logsumexp_T=logsumexp_T)
@@ -254,6 +254,7 @@ class Router(ParameterModule):
         ledger, valid_T = route.step.ledger, seen.valid_T
         group_T = torch.zeros_like(valid_T, dtype=torch.int64)
         num_experts = self.pool.num_experts
+        changed_TK = limited.ids_TK != chosen.ids_TK
         k_T = (chosen.ids_TK >= 0).sum(dim=1)
         k_counts = torch.zeros(chosen.ids_TK.shape[1] + 1, device=valid_T.device)
         entropy_T, logsumexp_T = scores.entropy_T, scores.logsumexp_T
@@ -266,16 +267,15 @@ class Router(ParameterModule):
             tokens=valid_T.sum(),
             expert_tokens=seen.per_row.counts_GN.sum(dim=0),
             executed_tokens=expert_counts(limited.ids_TK, group_T, 1, num_experts)[0],
-            dropped=((chosen.ids_TK >= 0) & (limited.ids_TK < 0)).sum(),
-            spilled=((limited.ids_TK >= 0) & (limited.ids_TK != chosen.ids_TK)).sum(),
+            dropped=(changed_TK & (limited.ids_TK < 0)).sum(),
+            spilled=(changed_TK & (limited.ids_TK >= 0)).sum(),
             prob_sums=seen.per_row.prob_sums_GN.sum(dim=0),
             entropy=(entropy_T * valid_T).sum(),
             logsumexp_squares=(logsumexp_T.square() * valid_T).sum(),
             k_histogram=k_counts.scatter_add(0, k_T, valid_T.to(k_counts.dtype)),
         )
-        bias_N, _ = self._steering(route)
-        if bias_N is not None:
-            spread = bias_N.double().max() - bias_N.double().min()
+        if scores.bias_N is not None:
+            spread = (scores.bias_N.max() - scores.bias_N.min()).double()
             ledger.record(route.site, bias_spread=spread * valid_T.sum())
         if any(controller.needs_histogram for controller in self._controllers()):
             histogram = score_histogram(scores.affinity_TN.detach(), valid_T)
@@ -287,9 +287,9 @@ class Router(ParameterModule):
     @property
     def computing_target(self) -> float | None:
         """Share of all assignments that a budget or a balance loss asks of experts that compute;
-        None where nothing does, or where all compute."""
-        if self.pool.num_computing in (0, self.pool.num_experts):
-            return None
+        None where nothing does."""
+        if self.pool.num_computing == self.pool.num_experts:
+            return 1.0
         asked = [node.computing_share(self.pool) for node in self.config.controllers]
         asked += [node.computing_share(self.pool) for node in self.config.losses]
         return next((share for share in asked if share is not None), None)

@@ -44,6 +44,8 @@ class Scores:
     """affinity plus the controllers' bias, -inf where an expert is no candidate; detached"""
     threshold: Tensor | None = None
     """set by a controller: `[1]` for all experts or `[N]`"""
+    bias_N: Tensor | None = None
+    """what controllers have added in `select_TN`"""
     entropy_T: Tensor | None = None
     """of the probabilities, divided by its maximum, where it has come along with the choice"""
     logsumexp_T: Tensor | None = None

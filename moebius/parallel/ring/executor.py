@@ -70,6 +70,7 @@ class RingExecutor:
         route = self._route(len(micro_batches), trains=True)
         run = RingStep(self, route, micro_batches, step, num_labels, teacher)
         run.run()
+        step.mark("merge")
         return merge_depth(run.losses, run.ledgers, self.channel.group, self.channel.device)
 
     @torch.no_grad()

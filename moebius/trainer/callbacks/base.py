@@ -69,7 +69,7 @@ class Callback:
         """A callback drew the present step, uint8 `[height, width, 3]`, see `Run.show`."""
 
     def on_text(self, run: Run, name: str, markdown: str) -> None:
-        """A callback has something to read of the present step, see `Run.write`."""
+        """A callback has something to read of the present step, see `Run.show_text`."""
 
     def on_end(self, run: Run) -> None:
         """After the last step, or after the step in which a stop was asked for."""

@@ -43,10 +43,13 @@ class PicturesCallback(Callback):
         ids = [[token] for token in tokens_BS.flatten().tolist()]
         texts = run.tokenizer.decode_batch(ids, skip_special_tokens=False)
         for trail in found:
-            run.write(f"tokens/{trail.name}", markdown(trail, texts))
+            run.show_text(f"tokens/{trail.name}", markdown(trail, texts))
             of_classes = means_by_class(trail, texts)
             run.publish({f"tokens/{trail.name}_of_{k}": mean for k, mean in of_classes.items()})
-        folder = run.folder / FOLDER
-        folder.mkdir(exist_ok=True)
         title = f"step {run.step}, samples from {report.sample_ids.start}"
-        write_whole(folder / f"step-{run.step:08}.html", page(title, found, texts))
+        path = run.folder / FOLDER / f"step-{run.step:08}.html"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, page(title, found, texts))
+        except OSError as error:  # a page is not worth the run
+            run.tell("not written", f"{path}: {error.strerror}")

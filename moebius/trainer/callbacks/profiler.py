@@ -33,6 +33,15 @@ class ProfilerCallback(Callback):
         self.console = console
         self.recording: Recording | None = None
 
+    def on_start(self, run: Run) -> None:
+        """Say where the steps lie behind a run that is continued, and nothing of them is there."""
+        (first, last), rank = self.config.steps, run.layout.mesh.rank
+        written = any((run.folder / FOLDER).glob(f"step-*-rank-{rank}.json.gz"))
+        if run.step >= last and not written:
+            run.tell(
+                "profile", f"steps {first} to {last} lie behind step {run.step}: none recorded"
+            )
+
     def on_step_start(self, run: Run) -> None:
         """Begin to record, or to warm up in the step before."""
         coming, (first, last) = run.step + 1, self.config.steps

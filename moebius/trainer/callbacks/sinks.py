@@ -76,7 +76,7 @@ def _step_of(line: str) -> int:
         return 2**62
 
 
-def choices(config: RunConfig) -> dict[str, str | float]:
+def options_of(config: RunConfig) -> dict[str, str | float]:
     """What a run file says, by the path of the option."""
     found: dict[str, str | float] = {}
     rest: list[tuple[str, Any]] = [("", config.model_dump(mode="json", exclude_unset=True))]
@@ -109,7 +109,7 @@ class TensorBoardSink(Callback):
             length = run.config.data.sequence_length
             self.writer.add_text("run/program", program_markdown(run.blueprint, length), 0)
             self.writer.add_custom_scalars(LAYOUT)
-        for summary in hparams(choices(run.config), dict.fromkeys(FINAL))[:2]:
+        for summary in hparams(options_of(run.config), dict.fromkeys(FINAL))[:2]:
             self.writer._get_file_writer().add_summary(summary, run.step)
 
     def on_metrics(self, run: Run, metrics: dict[str, float]) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from moebius.errors import ConfigError
 from moebius.files import write_whole
+from moebius.parallel.together import together
+from moebius.parallel.world import is_main
 from moebius.trainer.callbacks.base import Callback
 from moebius.trainer.config import WandbConfig
 
@@ -32,23 +34,27 @@ def import_wandb() -> Any:
 
 
 class WandbSink(Callback):
-    """Numbers, heat maps and events of a run at wandb.ai, or, `mode: offline`, in its folder for
-    `wandb sync`.
+    """Numbers and heat maps of a run at wandb.ai, or, `mode: offline`, in its folder for
+    `wandb sync`; the first process sends them.
 
     A resumed run goes on under its id. The server keeps what it has: steps that are made again are
     not stored twice.
     """
 
     name = "wandb"
-    priority = 10
+    priority = 5  # before there is a live view: wandb may ask who is there
 
     def __init__(self, config: WandbConfig) -> None:
         self.config = config
         self.wandb = import_wandb()
         self.session: Any = None
+        self.ended = False
 
     def on_start(self, run: Run) -> None:
-        """Begin, or go on. Raises ConfigError where the server cannot be reached."""
+        """Begin, or go on; a collective call. Raises ConfigError where that is not possible."""
+        together(lambda: self._begin(run) if is_main() else None, ConfigError)
+
+    def _begin(self, run: Run) -> None:
         path = run.folder / ID_FILE
         if not path.exists():
             write_whole(path, secrets.token_hex(8))
@@ -65,10 +71,10 @@ class WandbSink(Callback):
                 settings=self.wandb.Settings(console="off", silent=True),
             )
         except self.wandb.Error as error:
-            raise ConfigError(
-                f"log.wandb: {' '.join(str(error).split())}",
-                "log in (wandb login), or set log.wandb.mode=offline",
-            ) from None
+            message = " ".join(str(error).split())
+            offline = "log in (wandb login), or set log.wandb.mode=offline"
+            is_there = self.config.mode == "offline"
+            raise ConfigError(f"log.wandb: {message}", None if is_there else offline) from None
 
     def on_metrics(self, run: Run, metrics: dict[str, float]) -> None:
         """Send numbers of the optimizer step."""
@@ -80,8 +86,12 @@ class WandbSink(Callback):
         if self.session is not None:
             self.session.log({name: self.wandb.Image(image_HWC.numpy())}, step=run.step)
 
+    def on_end(self, run: Run) -> None:
+        """Nothing has gone wrong."""
+        self.ended = True
+
     def close(self) -> None:
-        """Send the rest."""
+        """Send the rest, and whether the run has come to an end."""
         if self.session is not None:
-            self.session.finish()
+            self.session.finish(exit_code=0 if self.ended else 1)
             self.session = None

@@ -44,7 +44,7 @@ from moebius.trainer.callbacks.profiler import ProfilerCallback
 from moebius.trainer.callbacks.routing_recorder import RoutingRecorder
 from moebius.trainer.callbacks.sinks import JsonlSink, TensorBoardSink
 from moebius.trainer.callbacks.trace import TraceCallback
-from moebius.trainer.callbacks.wandb import WandbSink
+from moebius.trainer.callbacks.wandb import WandbSink, import_wandb
 from moebius.trainer.commands.arguments import whole
 from moebius.trainer.commands.preparing import workshop
 from moebius.trainer.config import RunConfig, settings
@@ -53,7 +53,7 @@ from moebius.trainer.cpu import prepare_cpu
 from moebius.trainer.folder import check_folder, claim_folder, lock_folder
 from moebius.trainer.loop import train
 from moebius.trainer.machine import select_device
-from moebius.trainer.planning import check_plannable, planned_bytes
+from moebius.trainer.planning import planned_bytes
 from moebius.trainer.recovery.faults import FaultInjector
 from moebius.trainer.resume import resume
 from moebius.trainer.run import Run
@@ -98,6 +98,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 def _join(config: RunConfig, arguments: argparse.Namespace, console: Console) -> int:
     """Connect the processes, and train."""
     check_processes(config, world_size())
+    if config.log.wandb is not None:
+        import_wandb()
     device = select_device(config.train.device)
     check_memory(config.profile, device)
     prepared: list[str] = []
@@ -118,8 +120,6 @@ def check_processes(config: RunConfig, count: int) -> None:
     """Raise LayoutError where so many processes cannot hold the layout or its pipeline, or lack one
     that is to be profiled."""
     check_ranks(config.profile, count)
-    if config.log.plan:
-        check_plannable(config)
     sizes, rows = Axes.of(config.parallel, count).dense, config.train.batch_size
     dp = sizes["dp_replicate"] * sizes["dp_shard"]
     if dp > rows:
@@ -166,6 +166,8 @@ def _train(
         with progress.section("prepare"):
             kind = select_device(config.train.device).type
             planned = from_main("plan", lambda: planned_bytes(config, world_size(), kind), store)
+        if planned is None:
+            say("log.plan: the simulation was killed, there is no planned memory")
     callbacks = callbacks_of(config, console, planned)
     training = Run(config, corpora, callbacks, quarantined, progress)
     if injector is not None:
@@ -232,8 +234,8 @@ def callbacks_of(config: RunConfig, console: Console, planned: int | None = None
             PicturesCallback(),
             RoutingRecorder(),
         ]
-        if config.log.wandb is not None:
-            callbacks.append(WandbSink(config.log.wandb))
+    if config.log.wandb is not None:
+        callbacks.append(WandbSink(config.log.wandb))
     if config.log.audit:
         callbacks.append(AuditCallback())
     if config.log.trace:

@@ -18,10 +18,10 @@ class PhaseClock:
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def mark(self, section: str, phase: str) -> None:
-        """A phase begins, where the mark names one."""
-        if section == "step" and phase in PHASES:
+        """A phase begins, and the one before it ends, where the mark names one."""
+        if section == "step" and phase:
             self.stop()
-            self._phase = phase
+            self._phase = phase if phase in PHASES else ""
 
     def stop(self) -> None:
         """No phase goes on."""

@@ -20,11 +20,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from moebius.config import ConfigNode
 from moebius.errors import LayoutError
 from moebius.files import replaced
+from moebius.trainer.watch.phases import PHASES
 
 if TYPE_CHECKING:
     from moebius.trainer.watch.progress import Progress
 
-PHASES = ("data", "forward", "backward", "optimizer")
+SHOWN = ("data", *PHASES)
 """of a step, as its progress names them"""
 ROWS = 12
 """operations that a summary shows"""
@@ -39,8 +40,8 @@ class ProfileConfig(ConfigNode):
 
     steps: Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]
     """first and last optimizer step, both included, counted from 1"""
-    ranks: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] | None = (0,)
-    """processes that record; null or an empty list: all of them"""
+    ranks: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] | None = (0,)
+    """processes that record; null: all of them"""
     stacks: bool = False
     """record calls of Python, too; makes the steps several times as long"""
     memory: bool = False
@@ -48,7 +49,7 @@ class ProfileConfig(ConfigNode):
 
     def chooses(self, rank: int) -> bool:
         """Whether a process records."""
-        return not self.ranks or rank in self.ranks
+        return self.ranks is None or rank in self.ranks
 
 
 def check_ranks(config: ProfileConfig | None, processes: int) -> None:
@@ -194,7 +195,7 @@ class Recording:
         seconds.pop("", None)
         total = sum(seconds.values())
         phases = table("phase", "ms per step", "share")
-        for name in (*PHASES, "rest"):
+        for name in (*SHOWN, "rest"):
             phases.add_row(name, *_time(seconds.get(name, 0.0), count, total))
         phases.add_row("step", *_time(total, count, total))
         found = operations(self._profiler.events() or (), self.device.type)
@@ -221,7 +222,7 @@ class Recording:
         if name == self._open:
             return
         self._close_phase()
-        if name in PHASES:
+        if name in SHOWN:
             self._open = name
             self._phase.enter_context(record_function(name))
             self._clock.mark(name)
