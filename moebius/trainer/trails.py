@@ -95,14 +95,12 @@ def means_by_class(trail: Trail, texts: Sequence[str]) -> dict[str, float]:
 def markdown(trail: Trail, texts: Sequence[str]) -> str:
     """The first row, a coloured square in front of each token."""
     most = max(trail.most, 1)
-    step = max(1, -(-(most + 1) // len(SQUARES)))
-    """counts that share a colour"""
-    bounds = [
-        f"{low} to {low + step - 1}" if step > 1 else str(low) for low in range(0, most + 1, step)
-    ]
+    width = -(-(most + 1) // len(SQUARES))  # counts that share a colour
+    lows = range(0, most + 1, width)
+    bounds = [f"{low} to {low + width - 1}" if width > 1 else str(low) for low in lows]
     legend = " · ".join(f"{square} {bound}" for square, bound in zip(SQUARES, bounds, strict=False))
     tokens = [
-        f"{SQUARES[count // step]}`{visible(text)}`"
+        f"{SQUARES[count // width]}`{visible(text)}`"
         for text, count in zip(texts, trail.count_BS[0].tolist(), strict=False)
     ]
     return f"{trail.meaning}: {legend}\n\n{' '.join(tokens)}"

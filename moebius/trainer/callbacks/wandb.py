@@ -72,9 +72,9 @@ class WandbSink(Callback):
             )
         except self.wandb.Error as error:
             message = " ".join(str(error).split())
-            offline = "log in (wandb login), or set log.wandb.mode=offline"
-            is_there = self.config.mode == "offline"
-            raise ConfigError(f"log.wandb: {message}", None if is_there else offline) from None
+            remedy = "log in (wandb login), or set log.wandb.mode=offline"
+            hint = remedy if self.config.mode == "online" else None
+            raise ConfigError(f"log.wandb: {message}", hint) from None
 
     def on_metrics(self, run: Run, metrics: dict[str, float]) -> None:
         """Send numbers of the optimizer step."""
