@@ -14,8 +14,9 @@ from moebius.parallel.stage import part_of
 from moebius.trainer.callbacks.sinks import METRICS
 from moebius.trainer.callbacks.trace import TRACE
 
-MACHINE = ("speed/", "communication/", "goodput/", "memory/", "health/")
-"""metrics of time, machines and interruptions: they differ between equal runs, and are left out"""
+MACHINE = ("speed/", "communication/", "goodput/", "memory/", "health/", "tokens/")
+"""metrics of time, machines, interruptions and of what a process reads: they differ between equal
+runs, and are left out"""
 EVALUATION = "eval/"
 Weight = tuple[float, float]
 """norm and projection"""

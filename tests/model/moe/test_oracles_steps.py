@@ -133,7 +133,7 @@ def test_the_cut_into_micro_batches_changes_nothing(scope: str) -> None:
     assert len(whole.result.ledger.losses) == 6
     sites = [site for site in whole.result.ledger.statistics if site.module.startswith("layers")]
     assert {site.depth for site in sites} == {1, 2}
-    assert all(float(whole.result.ledger.statistics[site]["dropped"]) > 0 for site in sites)
+    assert all(float(whole.result.ledger.statistics[site]["spilled"]) > 0 for site in sites)
     for rows in (1, 2):
         parts, other_state = after_step(rows)
         assert_same_step(parts, whole)
