@@ -137,7 +137,7 @@ class SwitchLoss(Loss):
         return self.coefficient
 
     def computing_share(self, pool: PoolShape) -> float:
-        """At balance `tau E / (tau E + Z)` (MoE++ section 3.3)."""
+        """At balance of MoE++ eq. 7, `tau E / (tau E + Z)`."""
         share_N = 1 / pool.load_weights(self.tau)
         return float(share_N[: pool.num_computing].sum() / share_N.sum())
 

@@ -37,8 +37,8 @@ class ConsoleCallback(Callback):
             console=console,
             expand=True,
         )
-        self.report = ""
-        """the line of the last one"""
+        self.report: list[str] = []
+        """parts of the last one"""
         self.happened = ""
         """the last event or checkpoint"""
         self.live = Live(
@@ -47,7 +47,7 @@ class ConsoleCallback(Callback):
 
     def view(self) -> Group:
         """The bar, a line for each part of the last report, and what happened last."""
-        lines = [line for line in (*self.report.splitlines(), self.happened) if line]
+        lines = [line for line in (*self.report, self.happened) if line]
         return Group(self.bar, *(Text(line, overflow="ellipsis", no_wrap=True) for line in lines))
 
     def on_start(self, run: Run) -> None:
@@ -72,7 +72,7 @@ class ConsoleCallback(Callback):
         if "train/loss" in metrics:
             seconds = (num_steps - run.step) * metrics["speed/step_seconds"]
             parts = training_parts(metrics)
-            self.report = "\n".join(parts)
+            self.report = parts
             self.bar.update(self.task, eta=f"ETA {duration(seconds)}")
             if not self.is_live:
                 first, *rest = parts
