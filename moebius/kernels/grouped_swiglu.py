@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.kernels.grouped_linear import grouped_linear
+from moebius.kernels.swiglu import weighted_swiglu
 
 
 def grouped_swiglu(
@@ -19,8 +20,7 @@ def grouped_swiglu(
     into the activation before the second product: one pass over F instead of D channels, and its
     gradient needs no stored output. Forward FLOPs: `6 * R * D * F`.
     """
-    gate, up = grouped_linear(rows_RD, gate_up_E2FD, ends_E).chunk(2, dim=-1)
-    activation_RF = F.silu(gate) * up * weights_R.to(gate.dtype).unsqueeze(1)
+    activation_RF = weighted_swiglu(grouped_linear(rows_RD, gate_up_E2FD, ends_E), weights_R)
     return grouped_linear(activation_RF, down_EDF, ends_E)
 
 

@@ -1,10 +1,10 @@
 """Grouped products by MegaBlocks (Gale et al. 2022, arXiv 2211.15841), where it is installed."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.kernels.precision import for_products
+from moebius.kernels.swiglu import weighted_swiglu
 
 
 def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -25,6 +25,5 @@ def grouped_swiglu(
     rows_RD: Tensor, weights_R: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ends_E: Tensor
 ) -> Tensor:
     """See `moebius.kernels.grouped_swiglu`."""
-    gate, up = grouped_linear(rows_RD, gate_up_E2FD, ends_E).chunk(2, dim=-1)
-    activation_RF = F.silu(gate) * up * weights_R.to(gate.dtype).unsqueeze(1)
+    activation_RF = weighted_swiglu(grouped_linear(rows_RD, gate_up_E2FD, ends_E), weights_R)
     return grouped_linear(activation_RF, down_EDF, ends_E)

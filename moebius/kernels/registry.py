@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moebius.kernels.attention import sdpa
+from moebius.kernels.cpp import library
 from moebius.kernels.depth_select import add_gated_rows, take_rows, top_k_positions
 from moebius.kernels.grouped_linear import grouped_linear
 from moebius.kernels.grouped_swiglu import grouped_swiglu
@@ -21,11 +22,13 @@ from moebius.kernels.permute import Order, permute, sort_by_expert, unpermute
 from moebius.kernels.rms_norm import rms_norm
 from moebius.kernels.rope import apply_rope
 from moebius.kernels.route import Picked, route
+from moebius.kernels.swiglu import swiglu
 from moebius.kernels.zero_experts import affine_experts
 
 Operation = Literal[
     "permute",
     "grouped_gemm",
+    "swiglu",
     "zero_experts",
     "route",
     "depth_select",
@@ -48,6 +51,7 @@ class Kernels:
     unpermute: Callable[..., Tensor] = unpermute
     grouped_linear: Callable[..., Tensor] = grouped_linear
     grouped_swiglu: Callable[..., Tensor] = grouped_swiglu
+    swiglu: Callable[..., Tensor] = swiglu
     affine_experts: Callable[..., Tensor] = affine_experts
     route: Callable[..., Picked] = route
     top_k_positions: Callable[..., Tensor] = top_k_positions
@@ -136,6 +140,17 @@ def _triton(device: torch.device, dtype: torch.dtype) -> Problem | None:
     )
 
 
+def _cpp(device: torch.device, dtype: torch.dtype) -> Problem | None:
+    if device.type != "cpu":
+        return f"it has no kernels for device {device.type}", "choose triton"
+    if dtype not in library.DTYPES:
+        return f"it has no kernels for {str(dtype)[6:]}", "choose torch"
+    reason = library.load()
+    if reason is not None:
+        return reason, "install g++, set CXX to another compiler, or choose torch"
+    return None
+
+
 def _half_on_cuda(package: str, install: str) -> Callable[[torch.device, torch.dtype], Any]:
     """The requirement of packages whose kernels run in half precision on CUDA devices only."""
 
@@ -156,6 +171,11 @@ def _from_triton(*functions: str) -> Backend:
     return Backend({path.split(":")[1]: f"triton.{path}" for path in functions}, _triton)
 
 
+def _from_cpp(function: str) -> Backend:
+    """A function that has the name of the plain one."""
+    return Backend({function.split(":")[1]: f"cpp.{function}"}, _cpp)
+
+
 def _flash(function: str, package: str, install: str, implementation: str | None = None) -> Backend:
     problem = _half_on_cuda(package, install)
     return Backend({"attention": f"flash:{function}"}, problem, implementation)
@@ -170,6 +190,7 @@ BACKENDS: Mapping[Operation, Mapping[str, Backend]] = {
     "grouped_gemm": {
         "torch": PLAIN_BACKEND,
         "triton": _from_triton("grouped_linear:grouped_linear", "grouped_swiglu:grouped_swiglu"),
+        "cpp": _from_cpp("swiglu:grouped_swiglu"),
         "megablocks": Backend(
             {
                 "grouped_linear": "megablocks:grouped_linear",
@@ -182,6 +203,7 @@ BACKENDS: Mapping[Operation, Mapping[str, Backend]] = {
             ),
         ),
     },
+    "swiglu": {"torch": PLAIN_BACKEND, "cpp": _from_cpp("swiglu:swiglu")},
     "zero_experts": {
         "torch": PLAIN_BACKEND,
         "triton": _from_triton("zero_experts:affine_experts"),
@@ -193,8 +215,16 @@ BACKENDS: Mapping[Operation, Mapping[str, Backend]] = {
             "depth_select:top_k_positions", "depth_select:take_rows", "depth_select:add_gated_rows"
         ),
     },
-    "rms_norm": {"torch": PLAIN_BACKEND, "triton": _from_triton("rms_norm:rms_norm")},
-    "rope": {"torch": PLAIN_BACKEND, "triton": _from_triton("rope:apply_rope")},
+    "rms_norm": {
+        "torch": PLAIN_BACKEND,
+        "triton": _from_triton("rms_norm:rms_norm"),
+        "cpp": _from_cpp("rms_norm:rms_norm"),
+    },
+    "rope": {
+        "torch": PLAIN_BACKEND,
+        "triton": _from_triton("rope:apply_rope"),
+        "cpp": _from_cpp("rope:apply_rope"),
+    },
     "attention": {
         "sdpa": PLAIN_BACKEND,
         "blocks": Backend({"attention": "attention:blocks"}, _always),
@@ -205,5 +235,9 @@ BACKENDS: Mapping[Operation, Mapping[str, Backend]] = {
             "flash_attn", "flash_attn", "pip install flash-attn --no-build-isolation"
         ),
     },
-    "cross_entropy": {"torch": PLAIN_BACKEND, "triton": _from_triton("cross_entropy:row_losses")},
+    "cross_entropy": {
+        "torch": PLAIN_BACKEND,
+        "triton": _from_triton("cross_entropy:row_losses"),
+        "cpp": _from_cpp("cross_entropy:row_losses"),
+    },
 }

@@ -1,6 +1,5 @@
 """The dense feed-forward sublayer."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from moebius.model.carry import Carry
@@ -13,7 +12,7 @@ from moebius.model.visit import VisitLinear
 
 
 class SwiGLU(ParameterModule):
-    """`down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv 2002.05202)."""
+    """`down(silu(gate(x)) * up(x))` by `moebius.kernels.swiglu`."""
 
     def __init__(self, model: ModelConfig, intermediate_size: int, place: LayerPlace) -> None:
         super().__init__()
@@ -34,15 +33,11 @@ class SwiGLU(ParameterModule):
 
     def project(self, x_BSD: Tensor, ctx: DepthContext) -> Tensor:
         """The function itself."""
+        swiglu = ctx.step.kernels.swiglu
         x_BSD = self.region.enter(x_BSD)
-        inner = ctx.step.run_core(gated, self.gate.at(x_BSD, ctx), self.up.at(x_BSD, ctx))
+        inner = ctx.step.run_core(swiglu, self.gate.at(x_BSD, ctx), self.up.at(x_BSD, ctx))
         return self.region.leave(self.down.at(inner, ctx))
 
     def flops(self, num_tokens: int) -> int:
         """Forward FLOPs of the three projections."""
         return sum(linear.flops(num_tokens) for linear in (self.gate, self.up, self.down))
-
-
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`."""
-    return F.silu(gate) * up

@@ -11,12 +11,20 @@ from pydantic import PositiveInt
 
 from moebius.config import ConfigNode
 from moebius.errors import LayoutError
-from moebius.kernels.registry import KernelError, Kernels, Operation, choose, is_installed
+from moebius.kernels.registry import (
+    BACKENDS,
+    KernelError,
+    Kernels,
+    Operation,
+    choose,
+    is_installed,
+)
 from moebius.model.config import ModelConfig
 from moebius.model.moe.config import MoEConfig
 from moebius.trainer.cpu import uses_onednn
 
 Either = Literal["torch", "triton"]
+Each = Literal["torch", "triton", "cpp"]
 RECOMPILE_LIMIT = 64
 """kinds of layers and passes that differ in what is compiled; torch gives up at 8"""
 TIMED = (9, 0)
@@ -32,28 +40,31 @@ class KernelsConfig(ConfigNode):
     fastest here of what can.
     """
 
-    backend: Literal["auto", "torch", "triton"] = "auto"
-    """of every operation that is not named below; auto: torch, and on a CPU attention in blocks; in
-    bf16 on Hopper GPUs and later ones triton where it is installed, and attention by sdpa, which
-    is slower than varlen but takes heads of any size"""
+    backend: Literal["auto", "torch", "triton", "cpp"] = "auto"
+    """of every operation that is not named below, torch for those that it does not have. auto: on a
+    CPU cpp if there is a C++ compiler, which is called once and takes seconds, and attention in
+    blocks; in bf16 on Hopper GPUs and later ones triton where it is installed, and attention by
+    sdpa, which is slower than varlen but takes heads of any size; else torch"""
     permute: Either | None = None
     """tokens to rows sorted by expert, and back"""
-    grouped_gemm: Literal["torch", "triton", "megablocks"] | None = None
-    """products of experts"""
+    grouped_gemm: Literal["torch", "triton", "cpp", "megablocks"] | None = None
+    """products of experts; cpp: those of torch, with the activation in one pass"""
+    swiglu: Literal["torch", "cpp"] | None = None
+    """activation of dense feed-forwards"""
     zero_experts: Either | None = None
     """zero, copy and constant experts"""
     route: Either | None = None
     """scores, choice and statistics of a router"""
     depth_select: Either | None = None
     """choosing tokens for a pass, and putting them back"""
-    rms_norm: Either | None = None
+    rms_norm: Each | None = None
     """norms, with the factor of a visit"""
-    rope: Either | None = None
+    rope: Each | None = None
     """rotary positions"""
     attention: Literal["sdpa", "blocks", "varlen", "fa3", "fa4", "flash_attn"] | None = None
     """sdpa: with a dense mask, for everything; blocks: pieces of rows, for CPUs; varlen: torch's
     own FlashAttention over packed documents, or version 3 or 4 of it; flash_attn: that package"""
-    cross_entropy: Either | None = None
+    cross_entropy: Each | None = None
     """losses and gradients of a chunk of logits"""
     alignment: PositiveInt | None = None
     """rows of an expert are padded to a multiple of it; null: 1, and with oneDNN on a CPU, which
@@ -112,10 +123,13 @@ class Default:
 
 
 def _default(config: KernelsConfig, device: torch.device, dtype: torch.dtype) -> Default:
+    if config.backend == "cpp":
+        return Default("cpp", "blocks")
     if config.backend != "auto" or config.compile:
         return Default("triton" if config.backend == "triton" else "torch", "sdpa")
     if device.type == "cpu":
-        return Default("torch", "blocks")
+        built = BACKENDS["swiglu"]["cpp"].problem(device, dtype) is None
+        return Default("cpp" if built else "torch", "blocks")
     if dtype == torch.bfloat16 and is_installed("triton") and _is_timed(device):
         return Default("triton", "sdpa")
     return Default("torch", "sdpa")
@@ -128,7 +142,9 @@ def _is_timed(device: torch.device) -> bool:
 
 def _name(config: KernelsConfig, operation: Operation, default: Default) -> str:
     named: str | None = getattr(config, operation)
-    return named or (default.attention if operation == "attention" else default.backend)
+    if named is None and operation == "attention":
+        return default.attention
+    return named or (default.backend if default.backend in BACKENDS[operation] else "torch")
 
 
 def _alignment(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:

@@ -1,0 +1,1 @@
+"""Operations in C++ for CPUs: passes over rows that torch makes one after the other, in one."""

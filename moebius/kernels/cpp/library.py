@@ -1,0 +1,72 @@
+"""Building and loading `operations.cpp`: once for each processor, compiler and version of torch."""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""of tensors; sums are in fp32"""
+SOURCE = Path(__file__).with_name("operations.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp-simd")
+MATH = ("-fno-math-errno", "-fno-trapping-math")
+"""neither is looked at; NaN and infinities keep their meaning, unlike by -ffast-math"""
+SECONDS = 300
+"""for a compiler; it takes two"""
+
+
+@cache
+def load() -> str | None:
+    """Make `torch.ops.moebius_cpp` available; else why it cannot be.
+
+    What was built is kept in `$XDG_CACHE_HOME/moebius` or `~/.cache/moebius`. A process that is
+    killed while it builds leaves nothing that others would wait for or take.
+    """
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
+    if compiler is None or shutil.which(compiler) is None:
+        return "there is no C++ compiler"
+    command = (compiler, *FLAGS, *MATH)
+    try:
+        path = _folder() / f"operations-{_key(command)}.so"
+        if not path.exists():
+            _build(command, path)
+        torch.ops.load_library(path)
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line]
+        return f"{compiler} does not build them: {' '.join(lines[:1])}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"they cannot be built: {' '.join(str(error).split())}"
+    return None
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "moebius"
+
+
+def _key(command: tuple[str, ...]) -> str:
+    """Of what the result depends on. A home may be shared by machines with other processors."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    parts = (*command, torch.__version__, platform.machine(), processor, SOURCE.read_text())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _build(command: tuple[str, ...], path: Path) -> None:
+    """Compile to a file of this process's own, and put it in place in one go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    home = Path(torch.__file__).parent
+    libraries = (f"-I{home / 'include'}", f"-L{home / 'lib'}", "-ltorch_cpu")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        whole = [*command, str(SOURCE), "-o", str(built), *libraries]
+        subprocess.run(whole, check=True, capture_output=True, text=True, timeout=SECONDS)
+        built.replace(path)
