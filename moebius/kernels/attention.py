@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.kernels.block_attention import BLOCK, block_attention
+from moebius.kernels.block_attention import BLOCK, Softmax, block_attention
 
 KEPT_BYTES = 64 * 2**20
 """what the probabilities of all pairs of blocks of a layer may take at most"""
@@ -64,13 +64,15 @@ def sdpa(q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: Sight) -> Tensor
     return masked_attention(q_BSHC, k_BJGC, v_BJGC, sight.mask_BSJ)
 
 
-def blocks(q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: Sight) -> Tensor:
+def blocks(
+    q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: Sight, softmax: Softmax | None = None
+) -> Tensor:
     """`block_attention` where keys are those of the queries and rows are short, else `sdpa`."""
     rows, slots, heads, _ = q_BSHC.shape
     kept = 4 * rows * heads * slots * (slots + BLOCK) // 2
     if sight.segment_ids_BS is None or kept > KEPT_BYTES or not q_BSHC.numel():
         return sdpa(q_BSHC, k_BJGC, v_BJGC, sight)
-    return block_attention(q_BSHC, k_BJGC, v_BJGC, sight.begins)
+    return block_attention(q_BSHC, k_BJGC, v_BJGC, sight.begins, softmax)
 
 
 def document_mask(segment_ids_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:

@@ -228,6 +228,7 @@ BACKENDS: Mapping[Operation, Mapping[str, Backend]] = {
     "attention": {
         "sdpa": PLAIN_BACKEND,
         "blocks": Backend({"attention": "attention:blocks"}, _always),
+        "cpp": Backend({"attention": "cpp.attention:blocks"}, _cpp),
         "varlen": _flash("varlen", "torch.nn.attention.varlen", "pip install 'torch>=2.11'"),
         "fa3": _flash("varlen", "flash_attn_interface", "build flash-attention/hopper", "FA3"),
         "fa4": _flash("varlen", "flash_attn.cute", "pip install --pre flash-attn-4", "FA4"),

@@ -61,9 +61,10 @@ class KernelsConfig(ConfigNode):
     """norms, with the factor of a visit"""
     rope: Each | None = None
     """rotary positions"""
-    attention: Literal["sdpa", "blocks", "varlen", "fa3", "fa4", "flash_attn"] | None = None
-    """sdpa: with a dense mask, for everything; blocks: pieces of rows, for CPUs; varlen: torch's
-    own FlashAttention over packed documents, or version 3 or 4 of it; flash_attn: that package"""
+    attention: Literal["sdpa", "blocks", "cpp", "varlen", "fa3", "fa4", "flash_attn"] | None = None
+    """sdpa: with a dense mask, for everything; blocks: pieces of rows, for CPUs; cpp: the same with
+    its softmax in one pass; varlen: torch's own FlashAttention over packed documents, or version 3
+    or 4 of it; flash_attn: that package"""
     cross_entropy: Each | None = None
     """losses and gradients of a chunk of logits"""
     alignment: PositiveInt | None = None
@@ -124,12 +125,12 @@ class Default:
 
 def _default(config: KernelsConfig, device: torch.device, dtype: torch.dtype) -> Default:
     if config.backend == "cpp":
-        return Default("cpp", "blocks")
+        return Default("cpp", "cpp")
     if config.backend != "auto" or config.compile:
         return Default("triton" if config.backend == "triton" else "torch", "sdpa")
     if device.type == "cpu":
         built = BACKENDS["swiglu"]["cpp"].problem(device, dtype) is None
-        return Default("cpp" if built else "torch", "blocks")
+        return Default("cpp", "cpp") if built else Default("torch", "blocks")
     if dtype == torch.bfloat16 and is_installed("triton") and _is_timed(device):
         return Default("triton", "sdpa")
     return Default("torch", "sdpa")

@@ -3,7 +3,7 @@
 // takes an exponential without a call. Tensors come from Python, which has made them contiguous,
 // equal in precision and as large as they have to be.
 //
-// Shapes: R rows, F width of an expert, V vocabulary, D channels, H heads of C channels.
+// Shapes: R rows, F width of an expert, V vocabulary, J keys, D channels, H heads of C channels.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -180,6 +180,56 @@ void row_losses(Tensor logits_RV, Tensor labels_R, Tensor losses_R, bool with_gr
   });
 }
 
+// In place softmax(scale * scores_RJ), of which row r sees all but the last `queries - 1 - r %
+// queries` keys; the others get 0.
+void masked_softmax(Tensor scores_RJ, int64_t queries, double scale) {
+  const int64_t keys = scores_RJ.sizes()[1];
+  by_type(scores_RJ, [&]<class T>(T*) {
+    T* all = data<T>(scores_RJ);
+    by_rows(scores_RJ.sizes()[0], keys, [&](int64_t begin, int64_t end) {
+      std::vector<float> powers(keys);
+      float* __restrict power = powers.data();
+      for (int64_t row = begin; row < end; ++row) {
+        T* __restrict scores = all + row * keys;
+        const int64_t seen = keys - queries + 1 + row % queries;
+        float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+        for (int64_t j = 0; j < seen; ++j) largest = std::max(largest, load(scores[j]));
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < seen; ++j) {
+          power[j] = exponential((load(scores[j]) - largest) * float(scale));
+          sum += power[j];
+        }
+        const float share = 1.f / sum;
+        for (int64_t j = 0; j < seen; ++j) store(scores[j], power[j] * share);
+        for (int64_t j = seen; j < keys; ++j) store(scores[j], 0.f);
+      }
+    });
+  });
+}
+
+// In place the gradient by `scores` from that by the probabilities.
+void masked_softmax_backward(Tensor grad_RJ, Tensor probs_RJ, double scale) {
+  const int64_t keys = grad_RJ.sizes()[1];
+  by_type(grad_RJ, [&]<class T>(T*) {
+    T* grads = data<T>(grad_RJ);
+    const T* all = data<T>(probs_RJ);
+    by_rows(grad_RJ.sizes()[0], keys, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        T* __restrict grad = grads + row * keys;
+        const T* __restrict probs = all + row * keys;
+        float mean = 0;
+#pragma omp simd reduction(+ : mean)
+        for (int64_t j = 0; j < keys; ++j) mean += load(grad[j]) * load(probs[j]);
+        for (int64_t j = 0; j < keys; ++j) {
+          store(grad[j], load(probs[j]) * (load(grad[j]) - mean) * float(scale));
+        }
+      }
+    });
+  });
+}
+
 // y_RD = x_RD * rstd_R * gain_D with rstd = 1 / sqrt(mean(x^2) + eps); gain and rstd are fp32.
 void rms_norm(Tensor x_RD, Tensor gain_D, double eps, Tensor y_RD, Tensor rstd_R) {
   const int64_t width = x_RD.sizes()[1];
@@ -268,6 +318,9 @@ STABLE_TORCH_LIBRARY(moebius_cpp, library) {
       "Tensor(b!) d_up, Tensor(c!)? d_weights) -> ()");
   library.def(
       "row_losses(Tensor(a!) logits, Tensor labels, Tensor(b!) losses, bool with_gradients) -> ()");
+  library.def("masked_softmax(Tensor(a!) scores, int queries, float scale) -> ()");
+  library.def(
+      "masked_softmax_backward(Tensor(a!) grad, Tensor probs, float scale) -> ()");
   library.def(
       "rms_norm(Tensor x, Tensor gain, float eps, Tensor(a!) y, Tensor(b!) rstd) -> ()");
   library.def(
@@ -281,6 +334,8 @@ STABLE_TORCH_LIBRARY_IMPL(moebius_cpp, CPU, library) {
   library.impl("swiglu", TORCH_BOX(&swiglu));
   library.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
   library.impl("row_losses", TORCH_BOX(&row_losses));
+  library.impl("masked_softmax", TORCH_BOX(&masked_softmax));
+  library.impl("masked_softmax_backward", TORCH_BOX(&masked_softmax_backward));
   library.impl("rms_norm", TORCH_BOX(&rms_norm));
   library.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   library.impl("rope", TORCH_BOX(&rope));

@@ -30,7 +30,8 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BSHC: Tensor) -> tuple[Tensor, None, None]:
-        return _turned(dy_BSHC, *ctx.saved_tensors, backward=True), None, None
+        cos_BSC, sin_BSC = ctx.saved_tensors
+        return _turned(dy_BSHC, cos_BSC, sin_BSC, backward=True), None, None
 
 
 def _turned(x_BSHC: Tensor, cos_BSC: Tensor, sin_BSC: Tensor, backward: bool) -> Tensor:
