@@ -328,6 +328,9 @@ def compile_rules(config: RunConfig) -> Iterator[Problem]:
     attention = config.kernels.attention
     if attention not in (None, "sdpa"):
         yield Problem("kernels.attention", f"{attention} with kernels.compile=true; use sdpa")
+    for name, chosen in config.kernels:
+        if name != "attention" and chosen == "cpp":
+            yield Problem(f"kernels.{name}", "cpp with kernels.compile=true; use torch")
 
 
 def plan_rules(config: RunConfig) -> Iterator[Problem]:

@@ -23,8 +23,9 @@ from moebius.model.config import ModelConfig
 from moebius.model.moe.config import MoEConfig
 from moebius.trainer.cpu import uses_onednn
 
-Either = Literal["torch", "triton"]
-Each = Literal["torch", "triton", "cpp"]
+OnGPU = Literal["torch", "triton"]
+"""backends of operations that have one of their own for GPUs, or also one for CPUs"""
+OnBoth = Literal["torch", "triton", "cpp"]
 RECOMPILE_LIMIT = 64
 """kinds of layers and passes that differ in what is compiled; torch gives up at 8"""
 TIMED = (9, 0)
@@ -45,27 +46,27 @@ class KernelsConfig(ConfigNode):
     CPU cpp if there is a C++ compiler, which is called once and takes seconds, and attention in
     blocks; in bf16 on Hopper GPUs and later ones triton where it is installed, and attention by
     sdpa, which is slower than varlen but takes heads of any size; else torch"""
-    permute: Either | None = None
+    permute: OnGPU | None = None
     """tokens to rows sorted by expert, and back"""
     grouped_gemm: Literal["torch", "triton", "cpp", "megablocks"] | None = None
     """products of experts; cpp: those of torch, with the activation in one pass"""
     swiglu: Literal["torch", "cpp"] | None = None
     """activation of dense feed-forwards"""
-    zero_experts: Either | None = None
+    zero_experts: OnGPU | None = None
     """zero, copy and constant experts"""
-    route: Either | None = None
+    route: OnGPU | None = None
     """scores, choice and statistics of a router"""
-    depth_select: Either | None = None
+    depth_select: OnGPU | None = None
     """choosing tokens for a pass, and putting them back"""
-    rms_norm: Each | None = None
+    rms_norm: OnBoth | None = None
     """norms, with the factor of a visit"""
-    rope: Each | None = None
+    rope: OnBoth | None = None
     """rotary positions"""
     attention: Literal["sdpa", "blocks", "cpp", "varlen", "fa3", "fa4", "flash_attn"] | None = None
     """sdpa: with a dense mask, for everything; blocks: pieces of rows, for CPUs; cpp: the same with
     its softmax in one pass; varlen: torch's own FlashAttention over packed documents, or version 3
     or 4 of it; flash_attn: that package"""
-    cross_entropy: Each | None = None
+    cross_entropy: OnBoth | None = None
     """losses and gradients of a chunk of logits"""
     alignment: PositiveInt | None = None
     """rows of an expert are padded to a multiple of it; null: 1, and with oneDNN on a CPU, which

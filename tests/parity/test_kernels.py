@@ -1,7 +1,7 @@
 """Whatever computes the operations, a model learns the same.
 
 One step of each model by the definitions, and by other kernels: in blocks and with padded groups in
-float64, by Triton in float32 (in its interpreter where there is no GPU), and compiled.
+float64, by C++ and by Triton in float32 (in its interpreter where there is no GPU), and compiled.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = {operation: "triton" for operation, names in BACKENDS.items() if "triton" in names}
+CPP = {operation: "cpp" for operation, names in BACKENDS.items() if "cpp" in names}
 IN_TRITON = {"moepp": False, "mor": False, "top_p": True, "moepp_mor": True, "mixed": True}
 """model -> whether it is slow"""
 
@@ -69,6 +70,14 @@ def test_blocks_and_padded_groups(name: str) -> None:
     kernels = choose({"attention": "blocks"}, DEVICE, torch.float64, alignment=4)
     expected = step(name, torch.float64, PLAIN)
     assert_alike(step(name, torch.float64, kernels), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="for CPUs")
+@pytest.mark.parametrize("name", MODELS)
+def test_cpp(name: str) -> None:
+    kernels = choose(CPP, DEVICE, torch.float32, alignment=4)
+    expected = step(name, torch.float32, PLAIN)
+    assert_alike(step(name, torch.float32, kernels), expected, rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize(

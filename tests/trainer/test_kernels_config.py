@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moebius.errors import LayoutError
+from moebius.kernels.cpp import library
 from moebius.kernels.registry import BACKENDS, PLAIN, is_installed
 from moebius.model.config import ModelConfig
 from moebius.model.context import compiled
@@ -35,11 +36,28 @@ def chosen(dtype: torch.dtype = torch.float32, count: int = 8, **options: Any) -
     return choose_kernels(KernelsConfig.model_validate(options), model(count), CPU, dtype)
 
 
-def test_a_cpu_gets_the_definitions_and_attention_in_blocks() -> None:
-    kernels, said = chosen()
+def test_a_cpu_gets_what_there_is_in_cpp() -> None:
+    in_cpp = [operation for operation, backends in BACKENDS.items() if "cpp" in backends]
+    kernels, said = chosen(alignment=1)
+    assert said == f"kernels: {', '.join(f'{name} cpp' for name in in_cpp)}, torch"
+    for operation in in_cpp:
+        for field in BACKENDS[operation]["cpp"].functions:
+            assert "cpp" in getattr(kernels, field).__module__
+    assert chosen(backend="cpp", alignment=1) == (kernels, said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_a_compiler_it_gets_the_definitions_and_attention_in_blocks(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dtype == torch.float32:
+        monkeypatch.setattr(library, "load", lambda: "there is no C++ compiler")
+    kernels, said = chosen(dtype, alignment=1)
     assert kernels.grouped_swiglu is PLAIN.grouped_swiglu
     assert kernels.attention is not PLAIN.attention
     assert said == "kernels: attention blocks, torch"
+    with pytest.raises(LayoutError, match=r"kernels\.rope: cpp, but (there is|it has) no"):
+        chosen(dtype, rope="cpp")
 
 
 def test_definitions_alone_are_a_choice_too() -> None:
@@ -172,6 +190,8 @@ COMPILED = {"kernels": {"compile": True}}
         ({"parallel": {"engine": "deepspeed"}}, "kernels.compile", "engine=deepspeed"),
         ({"kernels": {"compile": True, "attention": "blocks"}}, "kernels.attention", "use sdpa"),
         ({"kernels": {"compile": True, "attention": "varlen"}}, "kernels.attention", "use sdpa"),
+        ({"kernels": {"compile": True, "rope": "cpp"}}, "kernels.rope", "use torch"),
+        ({"kernels": {"compile": True, "backend": "cpp"}}, "kernels.backend", "use torch"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -29,10 +30,10 @@ def load() -> str | None:
     What was built is kept in `$XDG_CACHE_HOME/moebius` or `~/.cache/moebius`. A process that is
     killed while it builds leaves nothing that others would wait for or take.
     """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
-    if compiler is None or shutil.which(compiler) is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, COMPILERS))[:1]
+    if not compiler or shutil.which(compiler[0]) is None:
         return "there is no C++ compiler"
-    command = (compiler, *FLAGS, *MATH)
+    command = (*compiler, *FLAGS, *MATH)
     try:
         path = _folder() / f"operations-{_key(command)}.so"
         if not path.exists():
@@ -40,7 +41,7 @@ def load() -> str | None:
         torch.ops.load_library(path)
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line]
-        return f"{compiler} does not build them: {' '.join(lines[:1])}"
+        return f"{shlex.join(compiler)} does not build them: {' '.join(lines[:1])}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"they cannot be built: {' '.join(str(error).split())}"
     return None
