@@ -4,6 +4,7 @@ import importlib
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,6 +22,8 @@ from moebius.kernels.registry import (
 )
 from moebius.model.config import ModelConfig
 from moebius.model.moe.config import MoEConfig
+from moebius.parallel.together import together
+from moebius.parallel.world import agree
 from moebius.trainer.cpu import uses_onednn
 
 OnGPU = Literal["torch", "triton"]
@@ -81,8 +84,16 @@ def choose_kernels(
 ) -> tuple[Kernels, str]:
     """The functions for a device and a precision of products, and a line that names backends.
 
-    Raises LayoutError where one that is named cannot run.
+    A collective call: what one process cannot run, `auto` takes on none, for processes that hold
+    copies of a tensor must come to the same bits. Raises LayoutError on all where a backend that is
+    named cannot run on one.
     """
+    return together(partial(_choose, config, model, device, dtype), LayoutError)
+
+
+def _choose(
+    config: KernelsConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Kernels, str]:
     if config.compile:
         prepare_compiler(device)
     default = _default(config, device, dtype)
@@ -130,8 +141,8 @@ def _default(config: KernelsConfig, device: torch.device, dtype: torch.dtype) ->
     if config.backend != "auto" or config.compile:
         return Default("triton" if config.backend == "triton" else "torch", "sdpa")
     if device.type == "cpu":
-        built = BACKENDS["swiglu"]["cpp"].problem(device, dtype) is None
-        return Default("cpp", "cpp") if built else Default("torch", "blocks")
+        missing = BACKENDS["swiglu"]["cpp"].problem(device, dtype) is not None
+        return Default("torch", "blocks") if agree(missing) else Default("cpp", "cpp")
     if dtype == torch.bfloat16 and is_installed("triton") and _is_timed(device):
         return Default("triton", "sdpa")
     return Default("torch", "sdpa")

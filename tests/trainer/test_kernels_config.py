@@ -14,6 +14,7 @@ from moebius.trainer import cpu
 from moebius.trainer.config import RunConfig, compile_rules, identity
 from moebius.trainer.cpu import CPUConfig, prepare_cpu, uses_onednn
 from moebius.trainer.kernels import KernelsConfig, choose_kernels
+from tests.parity.forks import run_forked
 
 CPU = torch.device("cpu")
 FFN = {"kind": "ffn", "count": 8, "intermediate_size": 16}
@@ -58,6 +59,26 @@ def test_without_a_compiler_it_gets_the_definitions_and_attention_in_blocks(
     assert said == "kernels: attention blocks, torch"
     with pytest.raises(LayoutError, match=r"kernels\.rope: cpp, but (there is|it has) no"):
         chosen(dtype, rope="cpp")
+
+
+def _said(options: dict[str, Any]) -> str:
+    """What is said, or refused, where the second process has no compiler."""
+    if torch.distributed.get_rank() == 1:
+        library.load = lambda: "there is no C++ compiler"  # type: ignore[assignment]
+    try:
+        return chosen(alignment=1, **options)[1]
+    except LayoutError as error:
+        return str(error)
+
+
+def test_what_one_process_cannot_run_none_takes() -> None:
+    """Copies of a tensor must not be rounded differently."""
+    for options, said in (
+        ({}, "kernels: attention blocks, torch"),
+        ({"rope": "cpp"}, "kernels.rope: cpp, but there is no C++ compiler"),
+    ):
+        results = run_forked(2, _said, options)
+        assert all(result.startswith(said) for result in results), results
 
 
 def test_definitions_alone_are_a_choice_too() -> None:
