@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,6 +41,8 @@ Operation = Literal[
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 Problem = tuple[str, str]
 """why a backend cannot run here, and what to do about it"""
+Requirement = Callable[[torch.device, torch.dtype], Problem | None]
+"""why it cannot run on a device with products in a precision; None: it can"""
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,7 @@ class Backend:
 
     functions: Mapping[str, str]
     """field of `Kernels` -> `module:function`, the module in `moebius.kernels`"""
-    problem: Callable[[torch.device, torch.dtype], Problem | None]
-    """why it cannot run on a device with products in a precision; None: it can"""
+    problem: Requirement
     flash_implementation: str | None = None
     """what torch's attention is told to use, for the whole process"""
 
@@ -151,7 +153,7 @@ def _cpp(device: torch.device, dtype: torch.dtype) -> Problem | None:
     return None
 
 
-def _half_on_cuda(package: str, install: str) -> Callable[[torch.device, torch.dtype], Any]:
+def _half_on_cuda(package: str, install: str) -> Requirement:
     """The requirement of packages whose kernels run in half precision on CUDA devices only."""
 
     def problem(device: torch.device, dtype: torch.dtype) -> Problem | None:
@@ -166,14 +168,13 @@ def _half_on_cuda(package: str, install: str) -> Callable[[torch.device, torch.d
     return problem
 
 
-def _from_triton(*functions: str) -> Backend:
+def _named_alike(folder: str, problem: Requirement, *functions: str) -> Backend:
     """Functions that have the names of the plain ones."""
-    return Backend({path.split(":")[1]: f"triton.{path}" for path in functions}, _triton)
+    return Backend({path.split(":")[1]: f"{folder}.{path}" for path in functions}, problem)
 
 
-def _from_cpp(function: str) -> Backend:
-    """A function that has the name of the plain one."""
-    return Backend({function.split(":")[1]: f"cpp.{function}"}, _cpp)
+_from_triton = partial(_named_alike, "triton", _triton)
+_from_cpp = partial(_named_alike, "cpp", _cpp)
 
 
 def _flash(function: str, package: str, install: str, implementation: str | None = None) -> Backend:
@@ -190,7 +191,7 @@ BACKENDS: Mapping[Operation, Mapping[str, Backend]] = {
     "grouped_gemm": {
         "torch": PLAIN_BACKEND,
         "triton": _from_triton("grouped_linear:grouped_linear", "grouped_swiglu:grouped_swiglu"),
-        "cpp": _from_cpp("swiglu:grouped_swiglu"),
+        "cpp": _from_cpp("grouped_linear:grouped_linear", "swiglu:grouped_swiglu"),
         "megablocks": Backend(
             {
                 "grouped_linear": "megablocks:grouped_linear",

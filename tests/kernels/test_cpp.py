@@ -16,9 +16,11 @@ from moebius.kernels.attention import Sight, document_mask, masked_attention
 from moebius.kernels.cpp import library
 from moebius.kernels.cpp.attention import blocks
 from moebius.kernels.cpp.cross_entropy import row_losses
+from moebius.kernels.cpp.grouped_linear import grouped_linear
 from moebius.kernels.cpp.rms_norm import rms_norm
 from moebius.kernels.cpp.rope import apply_rope
 from moebius.kernels.cpp.swiglu import grouped_swiglu, swiglu
+from moebius.kernels.grouped_linear import grouped_linear_reference
 from moebius.kernels.grouped_swiglu import grouped_swiglu_reference
 from moebius.kernels.rms_norm import rms_norm as plain_norm
 from moebius.kernels.rope import apply_rope as plain_rope
@@ -98,6 +100,47 @@ def test_grouped_swiglu(counts: list[int], hidden: int, width: int, dtype: torch
     inputs += [drawn(3, experts, hidden, width, dtype=dtype, size=width**-0.5)]
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)
     agree(grouped_swiglu, grouped_swiglu_reference, inputs, ends, loose=4)
+
+
+@some
+@given(
+    counts=st.lists(st.sampled_from([0, 1, 5, 33, 600]), min_size=1, max_size=5),
+    inputs=st.sampled_from([1, 7, 16, 40]),
+    outputs=st.sampled_from([1, 8, 30]),
+    behind=st.sampled_from([0, 9]),
+    dtype=dtypes,
+    threads=st.sampled_from([1, 3]),
+)
+@example([0, 1500, 0], 16, 8, 0, torch.float32, 2)
+def test_grouped_linear(
+    counts: list[int], inputs: int, outputs: int, behind: int, dtype: torch.dtype, threads: int
+) -> None:
+    """Groups that are cut, empty ones, and rows behind the last, which reach nothing."""
+    rows, ends = sum(counts), torch.tensor(counts).cumsum(0).to(torch.int32)
+    x, more = drawn(0, rows, inputs, dtype=dtype), torch.full((behind, inputs), math.nan)
+    weight = drawn(1, len(counts), outputs, inputs, dtype=dtype, size=inputs**-0.5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        agree(
+            lambda x, weight: grouped_linear(torch.cat([x, more.to(dtype)]), weight, ends)[:rows],
+            lambda x, weight: grouped_linear_reference(x, weight, ends),
+            [x, weight],
+            loose=4,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_grouped_linear_makes_no_gradient_that_nobody_wants() -> None:
+    x, weight, ends = drawn(0, 5, 8), drawn(1, 2, 8, 8), torch.tensor([2, 5], dtype=torch.int32)
+    for wanted in ((x,), (weight,)):
+        alone = grouped_linear(
+            *(t.clone().requires_grad_(any(t is w for w in wanted)) for t in (x, weight)), ends
+        )
+        assert alone.requires_grad
+        alone.sum().backward()
+    assert not grouped_linear(x, weight, ends).requires_grad
 
 
 def test_grouped_swiglu_follows_autocast() -> None:

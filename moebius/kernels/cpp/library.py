@@ -1,4 +1,4 @@
-"""Building and loading `operations.cpp`: once for each processor, compiler and version of torch."""
+"""Building and loading the C++: once for each processor, compiler and version of torch."""
 
 import hashlib
 import os
@@ -14,13 +14,13 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16)
 """of tensors; sums are in fp32"""
-SOURCE = Path(__file__).with_name("operations.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.cpp", "products.cpp"))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp-simd")
 MATH = ("-fno-math-errno", "-fno-trapping-math")
 """neither is looked at; NaN and infinities keep their meaning, unlike by -ffast-math"""
 SECONDS = 300
-"""for a compiler; it takes two"""
+"""for a compiler; it takes five"""
 
 
 @cache
@@ -35,7 +35,7 @@ def load() -> str | None:
         return "there is no C++ compiler"
     command = (*compiler, *FLAGS, *MATH)
     try:
-        path = _folder() / f"operations-{_key(command)}.so"
+        path = _folder() / f"cpp-{_key(command)}.so"
         if not path.exists():
             _build(command, path)
         torch.ops.load_library(path)
@@ -57,7 +57,8 @@ def _key(command: tuple[str, ...]) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    parts = (*command, torch.__version__, platform.machine(), processor, SOURCE.read_text())
+    machine = (torch.__version__, platform.machine(), processor)
+    parts = (*command, *machine, *(source.read_text() for source in SOURCES))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -68,6 +69,6 @@ def _build(command: tuple[str, ...], path: Path) -> None:
     libraries = (f"-I{home / 'include'}", f"-L{home / 'lib'}", "-ltorch_cpu")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        whole = [*command, str(SOURCE), "-o", str(built), *libraries]
+        whole = [*command, *map(str, SOURCES), "-o", str(built), *libraries]
         subprocess.run(whole, check=True, capture_output=True, text=True, timeout=SECONDS)
         built.replace(path)
