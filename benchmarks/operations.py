@@ -1,4 +1,4 @@
-"""One call of each operation that has backends, forward and backward, and what it must move.
+"""One call of each operation with backends for GPUs, forward and backward, and what it must move.
 
 The floor is the least that an operation has to read and write, each element once, or the FLOPs of
 its products; what backends move beyond that is theirs.

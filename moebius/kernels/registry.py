@@ -142,14 +142,16 @@ def _triton(device: torch.device, dtype: torch.dtype) -> Problem | None:
     )
 
 
-def _cpp(device: torch.device, dtype: torch.dtype) -> Problem | None:
+def cpp_problem(device: torch.device, dtype: torch.dtype) -> Problem | None:
+    """Why there are no operations in C++; a process that asks first may build them."""
     if device.type != "cpu":
         return f"it has no kernels for device {device.type}", "choose triton"
     if dtype not in library.DTYPES:
         return f"it has no kernels for {str(dtype)[6:]}", "choose torch"
     reason = library.load()
     if reason is not None:
-        return reason, "install g++, set CXX to another compiler, or choose torch"
+        hint = "install g++, set CXX to another compiler or XDG_CACHE_HOME to another folder"
+        return reason, f"{hint}, or choose torch"
     return None
 
 
@@ -174,7 +176,7 @@ def _named_alike(folder: str, problem: Requirement, *functions: str) -> Backend:
 
 
 _from_triton = partial(_named_alike, "triton", _triton)
-_from_cpp = partial(_named_alike, "cpp", _cpp)
+_from_cpp = partial(_named_alike, "cpp", cpp_problem)
 
 
 def _flash(function: str, package: str, install: str, implementation: str | None = None) -> Backend:
@@ -229,7 +231,7 @@ BACKENDS: Mapping[Operation, Mapping[str, Backend]] = {
     "attention": {
         "sdpa": PLAIN_BACKEND,
         "blocks": Backend({"attention": "attention:blocks"}, _always),
-        "cpp": Backend({"attention": "cpp.attention:blocks"}, _cpp),
+        "cpp": Backend({"attention": "cpp.attention:blocks"}, cpp_problem),
         "varlen": _flash("varlen", "torch.nn.attention.varlen", "pip install 'torch>=2.11'"),
         "fa3": _flash("varlen", "flash_attn_interface", "build flash-attention/hopper", "FA3"),
         "fa4": _flash("varlen", "flash_attn.cute", "pip install --pre flash-attn-4", "FA4"),

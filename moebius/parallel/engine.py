@@ -235,8 +235,9 @@ def square(holdings: Iterable[Holding], mesh: Mesh) -> Tensor:
 
 
 def _square(tensor: Tensor) -> Tensor:
-    """The square of its norm, fp64. Norms of short pieces in fp32 are exact to 1e-7, and nothing as
-    large as the tensor is made; over millions of elements fp32 loses the fourth digit."""
+    """The square of its norm, fp64, without a copy in that: norms of short pieces are exact to 1e-7
+    in fp32, which over millions of elements loses the fourth digit. Elements beyond 1e19 count as
+    not finite, as a step with such gradients is broken; below 1e-23 as 0."""
     flat, exact = tensor.flatten(), torch.promote_types(tensor.dtype, torch.float32)
     end = flat.numel() // PIECE * PIECE
     norms = torch.linalg.vector_norm(flat[:end].view(-1, PIECE), dim=1, dtype=exact)

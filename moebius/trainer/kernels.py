@@ -18,17 +18,19 @@ from moebius.kernels.registry import (
     Kernels,
     Operation,
     choose,
+    cpp_problem,
     is_installed,
 )
 from moebius.model.config import ModelConfig
 from moebius.model.moe.config import MoEConfig
-from moebius.parallel.together import together
-from moebius.parallel.world import agree
+from moebius.parallel.together import gathered, together
+from moebius.parallel.world import agree, is_first_here
 from moebius.trainer.cpu import uses_onednn
 
 OnGPU = Literal["torch", "triton"]
-"""backends of operations that have one of their own for GPUs, or also one for CPUs"""
+"""of an operation that is written for GPUs, too"""
 OnBoth = Literal["torch", "triton", "cpp"]
+"""of one that is written for GPUs and for CPUs"""
 RECOMPILE_LIMIT = 64
 """kinds of layers and passes that differ in what is compiled; torch gives up at 8"""
 TIMED = (9, 0)
@@ -52,7 +54,8 @@ class KernelsConfig(ConfigNode):
     permute: OnGPU | None = None
     """tokens to rows sorted by expert, and back"""
     grouped_gemm: Literal["torch", "triton", "cpp", "megablocks"] | None = None
-    """products of experts; cpp: those of torch, with the activation in one pass"""
+    """products of experts; cpp: those of torch, groups side by side on threads, and the activation
+    in one pass"""
     swiglu: Literal["torch", "cpp"] | None = None
     """activation of dense feed-forwards"""
     zero_experts: OnGPU | None = None
@@ -85,10 +88,19 @@ def choose_kernels(
     """The functions for a device and a precision of products, and a line that names backends.
 
     A collective call: what one process cannot run, `auto` takes on none, for processes that hold
-    copies of a tensor must come to the same bits. Raises LayoutError on all where a backend that is
-    named cannot run on one.
+    copies of a tensor should come to the same bits. Raises LayoutError on all where a backend that
+    is named cannot run on one.
     """
+    if device.type == "cpu" and not config.compile:
+        _build_in_turn(device, dtype)
     return together(partial(_choose, config, model, device, dtype), LayoutError)
+
+
+def _build_in_turn(device: torch.device, dtype: torch.dtype) -> None:
+    """Let one process of each node call the compiler: the others find what it has built."""
+    if is_first_here():
+        cpp_problem(device, dtype)
+    agree(0)
 
 
 def _choose(
@@ -106,6 +118,8 @@ def _choose(
         raise LayoutError(f"kernels.{named}: {error.name}, but {error}", error.hint) from None
     said = [f"{operation} {name}" for operation, name in names.items() if name != "torch"]
     others = [] if len(said) == len(names) else ["torch"]
+    if default.missing:
+        others.append(f"no cpp ({default.missing})")
     if alignment > 1:
         others.append(f"groups of {alignment} rows")
     return kernels, "kernels: " + ", ".join([*said, *others])
@@ -133,6 +147,8 @@ class Default:
 
     backend: str
     attention: str
+    missing: str = ""
+    """why it is no better one"""
 
 
 def _default(config: KernelsConfig, device: torch.device, dtype: torch.dtype) -> Default:
@@ -141,8 +157,9 @@ def _default(config: KernelsConfig, device: torch.device, dtype: torch.dtype) ->
     if config.backend != "auto" or config.compile:
         return Default("triton" if config.backend == "triton" else "torch", "sdpa")
     if device.type == "cpu":
-        missing = BACKENDS["swiglu"]["cpp"].problem(device, dtype) is not None
-        return Default("torch", "blocks") if agree(missing) else Default("cpp", "cpp")
+        own, _ = cpp_problem(device, dtype) or ("", "")
+        missing = next(filter(None, gathered(own)), "")
+        return Default("torch", "blocks", missing) if missing else Default("cpp", "cpp")
     if dtype == torch.bfloat16 and is_installed("triton") and _is_timed(device):
         return Default("triton", "sdpa")
     return Default("torch", "sdpa")

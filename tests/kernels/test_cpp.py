@@ -226,6 +226,14 @@ def test_rope_of_heads_that_are_not_contiguous_by_one_row_of_tables() -> None:
     agree(apply_rope, plain_rope, [drawn(0, 2, 5, 3, 6).transpose(1, 2)], *tables)
 
 
+def test_rope_of_one_token_in_several_rows() -> None:
+    """As in generation: tables that look contiguous and are not."""
+    cos, sin = rope_tables(torch.tensor([[3, 1, 40], [7, 2, 5]]), 6, 100.0)
+    x = drawn(0, 2, 1, 3, 6)
+    agree(apply_rope, plain_rope, [x], cos[:1, :1], sin[:1, :1])
+    agree(apply_rope, plain_rope, [x], cos[:, 1:2], sin[:, 1:2])
+
+
 @some
 @given(
     rows=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), min_size=1, max_size=3),

@@ -63,6 +63,14 @@ def test_what_a_compiler_leaves_is_no_library(
     assert "\n" not in said
 
 
+@pytest.mark.parametrize("name", ["'unbalanced", "/bin/false"])
+def test_what_is_no_compiler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", name)
+    said = library.load()
+    assert said is not None
+    assert "\n" not in said
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -99,3 +107,13 @@ def test_a_build_that_is_killed_stops_no_other(
         done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True)
         assert done.stdout == "None\n"
     assert len(list((tmp_path / "cache" / "moebius").glob("*.so"))) == 1
+
+
+def test_what_is_kept_and_cannot_be_loaded_is_built_anew(tmp_path: Path) -> None:
+    """A machine that was switched off has left half of it. Processes of their own, for a library
+    is loaded once."""
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", LOAD], capture_output=True).stdout == b"None\n"
+        (kept,) = (tmp_path / "cache" / "moebius").glob("*.so")
+        assert kept.stat().st_size > 1000
+        kept.write_bytes(b"half")

@@ -51,12 +51,14 @@ def test_a_cpu_gets_what_there_is_in_cpp() -> None:
 def test_without_a_compiler_it_gets_the_definitions_and_attention_in_blocks(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    reason = "it has no kernels for float64"
     if dtype == torch.float32:
-        monkeypatch.setattr(library, "load", lambda: "there is no C++ compiler")
+        reason = "there is no C++ compiler"
+        monkeypatch.setattr(library, "load", lambda: reason)
     kernels, said = chosen(dtype, alignment=1)
     assert kernels.grouped_swiglu is PLAIN.grouped_swiglu
     assert kernels.attention is not PLAIN.attention
-    assert said == "kernels: attention blocks, torch"
+    assert said == f"kernels: attention blocks, torch, no cpp ({reason})"
     with pytest.raises(LayoutError, match=r"kernels\.rope: cpp, but (there is|it has) no"):
         chosen(dtype, rope="cpp")
 
@@ -74,7 +76,7 @@ def _said(options: dict[str, Any]) -> str:
 def test_what_one_process_cannot_run_none_takes() -> None:
     """Copies of a tensor must not be rounded differently."""
     for options, said in (
-        ({}, "kernels: attention blocks, torch"),
+        ({}, "kernels: attention blocks, torch, no cpp (there is no C++ compiler)"),
         ({"rope": "cpp"}, "kernels.rope: cpp, but there is no C++ compiler"),
     ):
         results = run_forked(2, _said, options)

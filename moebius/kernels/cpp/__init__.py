@@ -1,1 +1,1 @@
-"""Operations in C++ for CPUs: passes over rows that torch makes one after the other, in one."""
+"""Operations in C++ for CPUs: what torch does in several passes over rows, or in small products."""

@@ -19,7 +19,7 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp-simd")
 MATH = ("-fno-math-errno", "-fno-trapping-math")
 """neither is looked at; NaN and infinities keep their meaning, unlike by -ffast-math"""
-SECONDS = 300
+SECONDS = 120
 """for a compiler; it takes five"""
 
 
@@ -30,21 +30,35 @@ def load() -> str | None:
     What was built is kept in `$XDG_CACHE_HOME/moebius` or `~/.cache/moebius`. A process that is
     killed while it builds leaves nothing that others would wait for or take.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, COMPILERS))[:1]
-    if not compiler or shutil.which(compiler[0]) is None:
-        return "there is no C++ compiler"
-    command = (*compiler, *FLAGS, *MATH)
     try:
-        path = _folder() / f"cpp-{_key(command)}.so"
-        if not path.exists():
-            _build(command, path)
-        torch.ops.load_library(path)
+        compiler = shlex.split(os.environ.get("CXX", "")) or _compiler()
+        if not compiler or shutil.which(compiler[0]) is None:
+            return "there is no C++ compiler"
+        _load((*compiler, *FLAGS, *MATH))
     except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.splitlines() if "error" in line]
-        return f"{shlex.join(compiler)} does not build them: {' '.join(lines[:1])}"
-    except (OSError, subprocess.TimeoutExpired) as error:
+        lines = error.stderr.splitlines()
+        told = next((line for line in lines if "error" in line), "".join(lines[-1:]))
+        return f"{shlex.join(compiler)} does not build them: {told}"
+    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
         return f"they cannot be built: {' '.join(str(error).split())}"
     return None
+
+
+def _compiler() -> list[str]:
+    return list(filter(shutil.which, COMPILERS))[:1]
+
+
+def _load(command: tuple[str, ...]) -> None:
+    """Build what is not there yet, and once more what is there and cannot be loaded."""
+    path = _folder() / f"cpp-{_key(command)}.so"
+    if path.exists():
+        try:
+            torch.ops.load_library(path)
+            return
+        except OSError:
+            path.unlink(missing_ok=True)
+    _build(command, path)
+    torch.ops.load_library(path)
 
 
 def _folder() -> Path:
@@ -57,7 +71,8 @@ def _key(command: tuple[str, ...]) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    machine = (torch.__version__, platform.machine(), processor)
+    compiler = os.path.realpath(shutil.which(command[0]) or "")  # its name has the version
+    machine = (torch.__version__, platform.machine(), *platform.libc_ver(), processor, compiler)
     parts = (*command, *machine, *(source.read_text() for source in SOURCES))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -69,6 +84,13 @@ def _build(command: tuple[str, ...], path: Path) -> None:
     libraries = (f"-I{home / 'include'}", f"-L{home / 'lib'}", "-ltorch_cpu")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        whole = [*command, *map(str, SOURCES), "-o", str(built), *libraries]
-        subprocess.run(whole, check=True, capture_output=True, text=True, timeout=SECONDS)
+        subprocess.run(
+            [*command, *map(str, SOURCES), "-o", str(built), *libraries],
+            env=os.environ | {"LC_ALL": "C"},
+            check=True,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+        )
         built.replace(path)

@@ -24,12 +24,20 @@ using torch::stable::Tensor;
 constexpr int64_t most_rows = 512;
 constexpr int64_t alignment = 32;
 
+int64_t round_up(int64_t size) { return (size + alignment - 1) / alignment * alignment; }
+
 struct Piece {
-  int64_t group, begin, size;
+  int64_t group;
+  int64_t begin, size;              // rows
+  int64_t channel = 0, channels = 0;  // outputs, where not all of them
 };
+
+// How many pieces of equal work each thread should find: the last ones to finish are then short.
+constexpr int64_t pieces_of_a_thread = 2;
 
 // The rows of each group, at most `most` at a time, largest pieces first; of an empty group one.
 std::vector<Piece> cut(const Tensor& ends_E, int64_t most) {
+  STD_TORCH_CHECK(ends_E.scalar_type() == torch::headeronly::ScalarType::Int, "ends are not int32");
   const int32_t* ends = static_cast<const int32_t*>(ends_E.data_ptr());
   std::vector<Piece> pieces;
   int64_t begin = 0;
@@ -59,31 +67,50 @@ Tensor rows_of(Tensor tensor, const Piece& piece) {
 }
 
 void multiply(const Tensor& out, const Tensor& left, const Tensor& right) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+}
+
+// Rows whose products are one of so many equal pieces of the work; at least a few.
+int64_t share(int64_t rows) {
+  const int64_t pieces = pieces_of_a_thread * torch::stable::get_num_threads();
+  return round_up(std::max<int64_t>(1, rows / pieces));
 }
 
 // out_RO = rows_RI @ weight_EIO[group of the row]; rows behind the last group are not written.
 void grouped_product(Tensor rows_RI, Tensor weight_EIO, Tensor ends_E, Tensor out_RO) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t share = rows_RI.sizes()[0] / (2 * threads) / alignment * alignment;
-  const int64_t most = std::clamp(share, alignment, most_rows);
-  side_by_side(cut(ends_E, threads == 1 ? most_rows : most), [&](const Piece& piece) {
+  const bool alone = torch::stable::get_num_threads() == 1;
+  const int64_t most = alone ? most_rows : std::min(most_rows, share(rows_RI.sizes()[0]));
+  side_by_side(cut(ends_E, most), [&](const Piece& piece) {
     if (piece.size == 0) return;
     multiply(rows_of(out_RO, piece), rows_of(rows_RI, piece), select(weight_EIO, 0, piece.group));
   });
 }
 
-// d_weight_EOI[e] = grad_RO.T @ rows_RI over the rows of group e.
+// d_weight_EOI[e] = grad_RO.T @ rows_RI over the rows of group e. A group that is more than a share
+// of the work is cut by output channels: sums over rows stay whole.
 void grouped_weight_gradient(Tensor grad_RO, Tensor rows_RI, Tensor ends_E, Tensor d_weight_EOI) {
-  const int64_t all = rows_RI.sizes()[0] + 1;
-  side_by_side(cut(ends_E, all), [&](const Piece& piece) {
+  const bool alone = torch::stable::get_num_threads() == 1;
+  const int64_t rows = rows_RI.sizes()[0], channels = d_weight_EOI.sizes()[1];
+  const int64_t most = alone ? rows + 1 : share(rows);
+  std::vector<Piece> pieces;
+  for (Piece piece : cut(ends_E, rows + 1)) {
+    const int64_t count = std::clamp<int64_t>((piece.size + most - 1) / most, 1, channels);
+    const int64_t width = round_up((channels + count - 1) / count);
+    for (; piece.channel < channels; piece.channel += width) {
+      piece.channels = std::min(width, channels - piece.channel);
+      pieces.push_back(piece);
+    }
+  }
+  side_by_side(pieces, [&](const Piece& piece) {
     Tensor d_weight_OI = select(d_weight_EOI, 0, piece.group);
+    d_weight_OI = narrow(d_weight_OI, 0, piece.channel, piece.channels);
     if (piece.size == 0) {
       torch::stable::zero_(d_weight_OI);
       return;
     }
-    const Tensor grad_ON = torch::stable::transpose(rows_of(grad_RO, piece), 0, 1);
-    multiply(d_weight_OI, grad_ON, rows_of(rows_RI, piece));
+    Tensor grad_NO = rows_of(grad_RO, piece);
+    grad_NO = narrow(grad_NO, 1, piece.channel, piece.channels);
+    multiply(d_weight_OI, torch::stable::transpose(grad_NO, 0, 1), rows_of(rows_RI, piece));
   });
 }
 

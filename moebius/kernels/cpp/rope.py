@@ -38,7 +38,8 @@ def _turned(x_BSHC: Tensor, cos_BSC: Tensor, sin_BSC: Tensor, backward: bool) ->
     heads, width = x_BSHC.shape[2:]
     x_RHC = x_BSHC.reshape(-1, heads, width).contiguous()
     cos_RC, sin_RC = (
-        t.expand(*x_BSHC.shape[:2], width).reshape(-1, width) for t in (cos_BSC, sin_BSC)
+        t.expand(*x_BSHC.shape[:2], width).reshape(-1, width).contiguous()
+        for t in (cos_BSC, sin_BSC)
     )
     y_RHC = torch.empty_like(x_RHC)
     torch.ops.moebius_cpp.rope(x_RHC, cos_RC, sin_RC, y_RHC, backward)

@@ -150,6 +150,7 @@ void swiglu_backward(Tensor grad_RF, Tensor gate_RF, Tensor up_RF, std::optional
 // label.
 void row_losses(Tensor logits_RV, Tensor labels_R, Tensor losses_R, bool with_gradients) {
   const int64_t rows = logits_RV.sizes()[0], vocabulary = logits_RV.sizes()[1];
+  STD_TORCH_CHECK(labels_R.scalar_type() == ScalarType::Long, "labels are not int64");
   const int64_t* labels = data<int64_t>(labels_R);
   for (int64_t row = 0; row < rows; ++row) {
     STD_TORCH_CHECK(labels[row] >= 0 && labels[row] < vocabulary, "index ", labels[row],

@@ -34,7 +34,7 @@ def weighted_swiglu(gate_up_R2F: Tensor, weights_R: Tensor) -> Tensor:
     """`weight * silu(gate) * up`, `[R, F]`; what is neither fp32 nor bf16 takes the definition."""
     if gate_up_R2F.dtype not in DTYPES:
         return definition.weighted_swiglu(gate_up_R2F, weights_R)
-    y_RF: Tensor = _WeightedSwiGLU.apply(gate_up_R2F, weights_R.float())  # type: ignore[no-untyped-call]
+    y_RF: Tensor = _WeightedSwiGLU.apply(gate_up_R2F.contiguous(), weights_R.float())  # type: ignore[no-untyped-call]
     return y_RF
 
 
