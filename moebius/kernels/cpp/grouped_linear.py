@@ -17,7 +17,8 @@ from moebius.kernels.precision import for_products
 def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """As the definition, which what is neither fp32 nor bf16 takes.
 
-    Each product runs on one thread: what they share out is groups and pieces of groups.
+    Each product runs on one thread: what they share out is groups and pieces of groups. torch's
+    FlopCounterMode does not see them.
     """
     rows_RI, weight_EOI = for_products(rows_RI), for_products(weight_EOI)
     if rows_RI.dtype not in DTYPES or weight_EOI.dtype != rows_RI.dtype:

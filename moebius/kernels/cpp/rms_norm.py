@@ -21,9 +21,9 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, scale: Tensor | float = 1.
 
     The gradients of weight and scale are added up in an order that only the shape determines.
     """
-    gain_D = definition.gain(weight_D, scale, x.dtype)
-    if x.dtype not in DTYPES or gain_D.dtype != torch.float32:
+    if x.dtype not in DTYPES:
         return definition.rms_norm(x, weight_D, eps, scale)
+    gain_D = definition.gain(weight_D, scale, x.dtype).float()
     y: Tensor = _RMSNorm.apply(x, gain_D, eps)  # type: ignore[no-untyped-call]
     return y
 
