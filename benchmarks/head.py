@@ -27,10 +27,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from machine import NO_BF16, has_bf16, parser, precisions, prepare, product_rates, write_result
+from models import dense, model_config
 from rounds import compare, show
 from torch import Tensor
 
 from moebius.kernels.cross_entropy import linear_cross_entropy
+from moebius.trainer.kernels import KernelsConfig, choose_kernels
+
+CPU = torch.device("cpu")
+MODEL = model_config(64, 1, 2, 256, dense(64))
+"""the kernels of the loss are those of any model"""
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,11 @@ def autocast(dtype: torch.dtype) -> AbstractContextManager[None]:
 def chunked(dtype: torch.dtype, given: Given) -> Tensor:
     """Loss and gradients by ours; the loss."""
     hidden_TD, weight_VD, labels_T = given
+    kernels, _ = choose_kernels(KernelsConfig(), MODEL, CPU, dtype)
     with autocast(dtype):
-        losses = linear_cross_entropy([hidden_TD], weight_VD, labels_T, [1.0])
+        losses = linear_cross_entropy(
+            [hidden_TD], weight_VD, labels_T, [1.0], row_losses=kernels.row_losses
+        )
     torch.autograd.grad(losses.total, (hidden_TD, weight_VD))
     return losses.total.detach()
 
