@@ -91,7 +91,8 @@ def choose_kernels(
     copies of a tensor should come to the same bits. Raises LayoutError on all where a backend that
     is named cannot run on one.
     """
-    if device.type == "cpu" and not config.compile:
+    wanted = {"cpp" if config.backend == "auto" else config.backend, *dict(config).values()}
+    if device.type == "cpu" and not config.compile and "cpp" in wanted:
         _build_in_turn(device, dtype)
     return together(partial(_choose, config, model, device, dtype), LayoutError)
 

@@ -83,7 +83,8 @@ def test_what_one_process_cannot_run_none_takes() -> None:
         assert all(result.startswith(said) for result in results), results
 
 
-def test_definitions_alone_are_a_choice_too() -> None:
+def test_definitions_alone_are_a_choice_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "load", lambda: pytest.fail("nobody wants it"))
     kernels, said = chosen(backend="torch", alignment=1)
     assert kernels == PLAIN
     assert said == "kernels: attention sdpa, torch"
