@@ -24,7 +24,7 @@ KERNELS_MAY = {"torch", "triton", "megablocks", "flash_attn", "moebius", "math",
     "importlib",
 }
 """of the standard library only what describes data, and what finds a backend"""
-BUILDER = Path("kernels", "cpp", "library.py")
+BUILDER = Path("kernels", "cpp", "build.py")
 """calls a compiler"""
 
 

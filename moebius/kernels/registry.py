@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moebius.kernels.attention import sdpa
-from moebius.kernels.cpp import library
+from moebius.kernels.cpp import build
 from moebius.kernels.depth_select import add_gated_rows, take_rows, top_k_positions
 from moebius.kernels.grouped_linear import grouped_linear
 from moebius.kernels.grouped_swiglu import grouped_swiglu
@@ -146,9 +146,9 @@ def cpp_problem(device: torch.device, dtype: torch.dtype) -> Problem | None:
     """Why there are no operations in C++; a process that asks first may build them."""
     if device.type != "cpu":
         return f"it has no kernels for device {device.type}", "choose triton"
-    if dtype not in library.DTYPES:
+    if dtype not in build.DTYPES:
         return f"it has no kernels for {str(dtype)[6:]}", "choose torch"
-    reason = library.load()
+    reason = build.load()
     if reason is not None:
         hint = "install g++, set CXX to another compiler or XDG_CACHE_HOME to another folder"
         return reason, f"{hint}, or choose torch"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moebius.kernels import block_attention
 from moebius.kernels.attention import Sight, document_mask, masked_attention
-from moebius.kernels.cpp import library
+from moebius.kernels.cpp import build
 from moebius.kernels.cpp.attention import blocks
 from moebius.kernels.cpp.cross_entropy import row_losses
 from moebius.kernels.cpp.grouped_linear import grouped_linear
@@ -36,7 +36,7 @@ Function = Callable[..., Tensor]
 @pytest.fixture(autouse=True, scope="module")
 def built() -> None:
     """A machine that develops this has a compiler; without one nothing here may pass."""
-    assert library.load() is None
+    assert build.load() is None
 
 
 def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float32, size: float = 1.0) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moebius.errors import LayoutError
-from moebius.kernels.cpp import library
+from moebius.kernels.cpp import build
 from moebius.kernels.registry import BACKENDS, PLAIN, is_installed
 from moebius.model.config import ModelConfig
 from moebius.model.context import compiled
@@ -54,7 +54,7 @@ def test_without_a_compiler_it_gets_the_definitions_and_attention_in_blocks(
     reason = "it has no kernels for float64"
     if dtype == torch.float32:
         reason = "there is no C++ compiler"
-        monkeypatch.setattr(library, "load", lambda: reason)
+        monkeypatch.setattr(build, "load", lambda: reason)
     kernels, said = chosen(dtype, alignment=1)
     assert kernels.grouped_swiglu is PLAIN.grouped_swiglu
     assert kernels.attention is not PLAIN.attention
@@ -66,7 +66,7 @@ def test_without_a_compiler_it_gets_the_definitions_and_attention_in_blocks(
 def _said(options: dict[str, Any]) -> str:
     """What is said, or refused, where the second process has no compiler."""
     if torch.distributed.get_rank() == 1:
-        library.load = lambda: "there is no C++ compiler"  # type: ignore[assignment]
+        build.load = lambda: "there is no C++ compiler"  # type: ignore[assignment]
     try:
         return chosen(alignment=1, **options)[1]
     except LayoutError as error:
@@ -84,7 +84,7 @@ def test_what_one_process_cannot_run_none_takes() -> None:
 
 
 def test_definitions_alone_are_a_choice_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "load", lambda: pytest.fail("nobody wants it"))
+    monkeypatch.setattr(build, "load", lambda: pytest.fail("nobody wants it"))
     kernels, said = chosen(backend="torch", alignment=1)
     assert kernels == PLAIN
     assert said == "kernels: attention sdpa, torch"

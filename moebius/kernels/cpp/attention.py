@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moebius.kernels import attention, block_attention
 from moebius.kernels.block_attention import Softmax
-from moebius.kernels.cpp.library import DTYPES
+from moebius.kernels.cpp.build import DTYPES
 
 
 def blocks(q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: attention.Sight) -> Tensor:

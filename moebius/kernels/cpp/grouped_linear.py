@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moebius.kernels import grouped_linear as definition
-from moebius.kernels.cpp.library import DTYPES
+from moebius.kernels.cpp.build import DTYPES
 from moebius.kernels.precision import for_products
 
 

@@ -19,7 +19,7 @@ using torch::stable::narrow;
 using torch::stable::select;
 using torch::stable::Tensor;
 
-// Rows of a group that a thread multiplies at a time: as fast as more of them, and the numbers of
+// Rows of a group that a thread multiplies at a time: enough for a fast product, and the numbers of
 // rows that oneDNN prepares itself for are few, whatever the sizes of groups.
 constexpr int64_t most_rows = 512;
 constexpr int64_t alignment = 32;

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moebius.kernels import rms_norm as definition
-from moebius.kernels.cpp.library import DTYPES
+from moebius.kernels.cpp.build import DTYPES
 
 PART = 64
 """rows over which the gradient of the gain is summed up at a time"""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moebius.kernels import rope as definition
-from moebius.kernels.cpp.library import DTYPES
+from moebius.kernels.cpp.build import DTYPES
 
 
 def apply_rope(x_BSHC: Tensor, cos_BSC: Tensor, sin_BSC: Tensor) -> Tensor:

@@ -88,6 +88,23 @@ void by_type(const Tensor& tensor, const Function& function) {
   }
 }
 
+// exp(factor * (value - largest value)) of a row, and their sum.
+template <class T>
+inline float powers_of(const T* __restrict values, int64_t count, float factor, float& largest,
+                       float* __restrict powers) {
+  float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+  for (int64_t v = 0; v < count; ++v) most = std::max(most, load(values[v]));
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t v = 0; v < count; ++v) {
+    powers[v] = exponential((load(values[v]) - most) * factor);
+    sum += powers[v];
+  }
+  largest = most;
+  return sum;
+}
+
 // out_RF = silu(gate_RF) * up_RF * weights_R. Rows of gate and up may lie apart; weights are fp32.
 void swiglu(Tensor gate_RF, Tensor up_RF, std::optional<Tensor> weights_R, Tensor out_RF) {
   const int64_t width = out_RF.sizes()[1];
@@ -164,15 +181,8 @@ void row_losses(Tensor logits_RV, Tensor labels_R, Tensor losses_R, bool with_gr
       float* __restrict power = powers.data();
       for (int64_t row = begin; row < end; ++row) {
         T* __restrict logits = all + row * vocabulary;
-        float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-        for (int64_t v = 0; v < vocabulary; ++v) largest = std::max(largest, load(logits[v]));
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t v = 0; v < vocabulary; ++v) {
-          power[v] = exponential(load(logits[v]) - largest);
-          sum += power[v];
-        }
+        float largest;
+        const float sum = powers_of(logits, vocabulary, 1.f, largest, power);
         const int64_t label = labels[row];
         losses[row] = std::log(sum) - (load(logits[label]) - largest);
         if (!with_gradients) continue;
@@ -201,16 +211,8 @@ void masked_softmax(Tensor scores_RJ, int64_t queries, double scale) {
         const int64_t whole = std::min(keys, (seen + 31) / 32 * 32);  // of vector instructions
 #pragma omp simd
         for (int64_t j = seen; j < whole; ++j) store(scores[j], -INFINITY);
-        float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-        for (int64_t j = 0; j < whole; ++j) largest = std::max(largest, load(scores[j]));
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < whole; ++j) {
-          power[j] = exponential((load(scores[j]) - largest) * factor);
-          sum += power[j];
-        }
-        const float share = 1.f / sum;
+        float largest;
+        const float share = 1.f / powers_of(scores, whole, factor, largest, power);
 #pragma omp simd
         for (int64_t j = 0; j < whole; ++j) store(scores[j], power[j] * share);
 #pragma omp simd

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moebius.kernels import swiglu as definition
+from moebius.kernels.cpp.build import DTYPES
 from moebius.kernels.cpp.grouped_linear import grouped_linear
-from moebius.kernels.cpp.library import DTYPES
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moebius.kernels.cpp import library
+from moebius.kernels.cpp import build
 from moebius.kernels.registry import KernelError, choose
 
 CPU = torch.device("cpu")
@@ -21,9 +21,9 @@ CPU = torch.device("cpu")
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A folder of its own, and nothing known of earlier attempts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    library.load.cache_clear()
+    build.load.cache_clear()
     yield
-    library.load.cache_clear()
+    build.load.cache_clear()
 
 
 def compiler(path: Path, script: str) -> str:
@@ -35,10 +35,10 @@ def compiler(path: Path, script: str) -> str:
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert library.load() == "there is no C++ compiler"
-    library.load.cache_clear()
+    assert build.load() == "there is no C++ compiler"
+    build.load.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
-    assert library.load() == "there is no C++ compiler"
+    assert build.load() == "there is no C++ compiler"
     with pytest.raises(KernelError, match=r"there is no C\+\+ compiler") as caught:
         choose({"rope": "cpp"}, CPU, torch.float32)
     assert "install g++" in caught.value.hint
@@ -48,7 +48,7 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     script = "echo 'operations.cpp:1:1: fatal error: no header' >&2; echo more >&2; exit 1"
     name = compiler(tmp_path / "c++", script)
     monkeypatch.setenv("CXX", name)
-    said = library.load()
+    said = build.load()
     assert said == f"{name} does not build them: operations.cpp:1:1: fatal error: no header"
 
 
@@ -57,7 +57,7 @@ def test_what_a_compiler_leaves_is_no_library(
 ) -> None:
     script = 'while [ "$1" != -o ]; do shift; done; echo nothing > "$2"'
     monkeypatch.setenv("CXX", compiler(tmp_path / "c++", script))
-    said = library.load()
+    said = build.load()
     assert said is not None
     assert said.startswith("they cannot be built: ")
     assert "\n" not in said
@@ -66,7 +66,7 @@ def test_what_a_compiler_leaves_is_no_library(
 @pytest.mark.parametrize("name", ["'unbalanced", "/bin/false"])
 def test_what_is_no_compiler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", name)
-    said = library.load()
+    said = build.load()
     assert said is not None
     assert "\n" not in said
 
@@ -74,7 +74,7 @@ def test_what_is_no_compiler(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    said = library.load()
+    said = build.load()
     assert said is not None
     assert said.startswith("they cannot be built: ")
 
@@ -86,7 +86,7 @@ def test_other_devices_and_precisions() -> None:
         choose({"rope": "cpp"}, CPU, torch.float64)
 
 
-LOAD = "from moebius.kernels.cpp import library; print(library.load())"
+LOAD = "from moebius.kernels.cpp import build; print(build.load())"
 
 
 def test_a_build_that_is_killed_stops_no_other(
