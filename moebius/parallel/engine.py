@@ -228,22 +228,36 @@ def adopt(group: Group, tensors: Sequence[Tensor]) -> None:
 
 def square(holdings: Iterable[Holding], mesh: Mesh) -> Tensor:
     """See `Engine.weight_square`."""
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
-    for holding in holdings:
-        total += _square(holding.value) / holding.replicas
-    return total
+    return _total(_squares((holding.value, holding.replicas) for holding in holdings), mesh)
 
 
-def _square(tensor: Tensor) -> Tensor:
-    """The square of its norm, fp64, without a copy in that: norms of short pieces are exact to 1e-7
-    in fp32, which over millions of elements loses the fourth digit. Elements beyond 1e19 count as
-    not finite, as a step with such gradients is broken; below 1e-23 as 0."""
-    flat, exact = tensor.flatten(), torch.promote_types(tensor.dtype, torch.float32)
-    end = flat.numel() // PIECE * PIECE
-    norms = torch.linalg.vector_norm(flat[:end].view(-1, PIECE), dim=1, dtype=exact)
-    rest = torch.linalg.vector_norm(flat[end:], dtype=exact)
-    total: Tensor = norms.double().square().sum() + rest.double().square()
-    return total
+def _squares(tensors: Iterable[tuple[Tensor, int]]) -> list[Tensor]:
+    """The square of each norm, as one of so many replicas has it.
+
+    In fp64, without copies in that: norms of short pieces are exact to 1e-7 in fp32, which over
+    millions of elements loses the fourth digit. Elements beyond 1e19 count as not finite, as a step
+    with such gradients is broken; below 1e-23 as 0.
+    """
+    norms, replicas = [], []
+    for tensor, count in tensors:
+        flat, exact = tensor.flatten(), torch.promote_types(tensor.dtype, torch.float32)
+        end = flat.numel() // PIECE * PIECE
+        pieces = torch.linalg.vector_norm(flat[:end].view(-1, PIECE), dim=1, dtype=exact)
+        if end < flat.numel():
+            rest = torch.linalg.vector_norm(flat[end:], dtype=exact)
+            pieces = torch.cat([pieces, rest.unsqueeze(0)])
+        norms.append(pieces)
+        replicas.append(count)
+    if not norms:
+        return []
+    parts = torch.cat(norms).double().square().split([len(pieces) for pieces in norms])
+    return [part.sum() / count for part, count in zip(parts, replicas, strict=True)]
+
+
+def _total(parts: Sequence[Tensor], mesh: Mesh) -> Tensor:
+    """Their sum, fp64."""
+    nothing = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
+    return torch.stack([nothing, *parts]).sum()
 
 
 @torch.no_grad()
@@ -259,20 +273,20 @@ def clip(
     """
     if kept is not None:
         kept.clear()
-    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
-    squares = torch.zeros(2, dtype=torch.float64, device=mesh.device_type)
-    for holding in holdings:
-        if holding.gradient is None:
-            continue
+    held = [(h, h.gradient) for h in holdings if h.gradient is not None]
+    gradients: tuple[list[Tensor], list[Tensor]] = ([], [])
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    squares = _squares((gradient, holding.replicas) for holding, gradient in held)
+    for (holding, gradient), part in zip(held, squares, strict=True):
         number = int(holding.role is Role.AUX_ROUTER)
-        groups[number].append(holding.gradient)
-        part = _square(holding.gradient) / holding.replicas
-        squares[number] += part
+        gradients[number].append(gradient)
+        parts[number].append(part)
         if kept is not None:  # of some engines a process has several pieces of a parameter
             kept[holding.name] = kept.get(holding.name, 0) + part
-    norms = mesh.world.all_reduce(squares).sqrt()
-    for norm, members in zip(norms, groups, strict=True):
+    norms = mesh.world.all_reduce(torch.stack([_total(p, mesh) for p in parts])).sqrt()
+    for norm, members in zip(norms, gradients, strict=True):
         factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        for value in members:
-            value.mul_(factor.to(value.dtype))
+        for dtype in {value.dtype for value in members}:
+            scaled = [value for value in members if value.dtype == dtype]
+            torch._foreach_mul_(scaled, factor.to(dtype))
     return norms[0] + 0 * norms[1]  # not finite where either is not
