@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebius.kernels.block_attention import BLOCK, Softmax, block_attention
+from moebius.kernels.block_attention import BLOCK, block_attention
 
 KEPT_BYTES = 64 * 2**20
 """what the probabilities of all pairs of blocks of a layer may take at most"""
@@ -34,29 +34,27 @@ class Sight:
         return self.make_mask()
 
     @cached_property
+    def begins_BS(self) -> Tensor:
+        """Whether a document begins at a slot."""
+        assert self.segment_ids_BS is not None
+        return document_begins(self.segment_ids_BS)
+
+    @cached_property
     def begins(self) -> list[list[int]]:
         """For each row the slots where a document begins, ascending; the host waits for them."""
-        first_BS = self._first_BS.tolist()
-        return [[slot for slot, begins in enumerate(row) if begins] for row in first_BS]
+        rows = self.begins_BS.tolist()
+        return [[slot for slot, begins in enumerate(row) if begins] for row in rows]
 
     @cached_property
     def ends(self) -> Tensor:
         """0 and the ends of all documents, rows laid end to end, int32."""
-        starts = self._first_BS.flatten().nonzero().squeeze(1)
-        return torch.cat([starts, starts.new_tensor([self._first_BS.numel()])]).to(torch.int32)
+        starts = self.begins_BS.flatten().nonzero().squeeze(1)
+        return torch.cat([starts, starts.new_tensor([self.begins_BS.numel()])]).to(torch.int32)
 
     @cached_property
     def longest(self) -> int:
         """Slots of the longest document."""
         return int(self.ends.diff().max())
-
-    @property
-    def _first_BS(self) -> Tensor:
-        """Whether a document begins at a slot."""
-        assert self.segment_ids_BS is not None
-        first_BS = torch.ones_like(self.segment_ids_BS, dtype=torch.bool)
-        first_BS[:, 1:] = self.segment_ids_BS[:, 1:] != self.segment_ids_BS[:, :-1]
-        return first_BS
 
 
 def sdpa(q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: Sight) -> Tensor:
@@ -64,15 +62,20 @@ def sdpa(q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: Sight) -> Tensor
     return masked_attention(q_BSHC, k_BJGC, v_BJGC, sight.mask_BSJ)
 
 
-def blocks(
-    q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: Sight, softmax: Softmax | None = None
-) -> Tensor:
+def blocks(q_BSHC: Tensor, k_BJGC: Tensor, v_BJGC: Tensor, sight: Sight) -> Tensor:
     """`block_attention` where keys are those of the queries and rows are short, else `sdpa`."""
     rows, slots, heads, _ = q_BSHC.shape
     kept = 4 * rows * heads * slots * (slots + BLOCK) // 2
     if sight.segment_ids_BS is None or kept > KEPT_BYTES or not q_BSHC.numel():
         return sdpa(q_BSHC, k_BJGC, v_BJGC, sight)
-    return block_attention(q_BSHC, k_BJGC, v_BJGC, sight.begins, softmax)
+    return block_attention(q_BSHC, k_BJGC, v_BJGC, sight.begins)
+
+
+def document_begins(segment_ids_BS: Tensor) -> Tensor:
+    """Whether a document begins at a slot, bool."""
+    begins_BS = segment_ids_BS.new_ones(segment_ids_BS.shape, dtype=torch.bool)
+    begins_BS[:, 1:] = segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1]
+    return begins_BS
 
 
 def document_mask(segment_ids_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ Shapes: B rows, S tokens, H query heads, G key-value heads, C channels of one he
 X = rows * G products of M = queries * H / G by J keys.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,54 +30,33 @@ class Piece(NamedTuple):
     end: int
 
 
-class Softmax(NamedTuple):
-    """What turns products of queries and keys to probabilities, and gradients back."""
-
-    probabilities: Callable[[Tensor, int, float], Tensor]
-    """`softmax(scale * scores)` of products `[X, M, J]`, which it may overwrite; of as many last
-    keys as there are queries, `M` being a multiple of them, each query sees those up to its own"""
-    gradients: Callable[[Tensor, Tensor, float], Tensor]
-    """those of the products, from those of the probabilities, which it may overwrite, and these"""
-
-
 def block_attention(
-    q_BSHC: Tensor,
-    k_BSGC: Tensor,
-    v_BSGC: Tensor,
-    begins: Sequence[Sequence[int]],
-    softmax: Softmax | None = None,
+    q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, begins: Sequence[Sequence[int]]
 ) -> Tensor:
     """`softmax(q k / sqrt(C)) v` over the earlier tokens of a document and itself, `[B, S, H, C]`.
 
     `begins` has for each row the slots where a document begins, ascending, the first 0. Query head
     h reads key-value head `h // (H / G)`. Forward FLOPs: `4 * H * C` for each pair of a query and a
     key of its piece: of a document of many blocks about half of its pairs. The probabilities of
-    these pairs are kept for the backward pass; softmax in fp32 or wider, by `PLAIN` if none is
-    given. No second derivatives.
+    these pairs are kept for the backward pass; softmax in fp32 or wider. No second derivatives.
     """
     q, k, v = (for_products(t) for t in (q_BSHC, k_BSGC, v_BSGC))
-    out: Tensor = _BlockAttention.apply(q, k, v, begins, softmax or PLAIN)  # type: ignore[no-untyped-call]
+    out: Tensor = _BlockAttention.apply(q, k, v, begins)  # type: ignore[no-untyped-call]
     return out
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q_BSHC: Tensor,
-        k_BSGC: Tensor,
-        v_BSGC: Tensor,
-        begins: Sequence[Sequence[int]],
-        softmax: Softmax,
+        ctx: Any, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, begins: Sequence[Sequence[int]]
     ) -> Tensor:
-        ctx.pieces, ctx.softmax = list(_pieces(begins, q_BSHC.shape[1])), softmax
-        scale = q_BSHC.shape[-1] ** -0.5
+        ctx.pieces = list(_pieces(begins, q_BSHC.shape[1]))
         groups, out_BSHC, kept = k_BSGC.shape[2], torch.empty_like(q_BSHC), []
-        for rows, first, start, end in ctx.pieces:
+        for piece in ctx.pieces:
+            rows, first, start, end = piece
             q_XMC = _by_key_head(q_BSHC[rows, start:end], groups)
             k_XJC, v_XJC = (_heads_first(t[rows, first:end]) for t in (k_BSGC, v_BSGC))
-            scores_XMJ = torch.bmm(q_XMC, k_XJC.transpose(1, 2))
-            probs_XMJ = softmax.probabilities(scores_XMJ, end - start, scale)
+            probs_XMJ = _probabilities(torch.bmm(q_XMC, k_XJC.transpose(1, 2)), piece, q_BSHC)
             out_XMC = torch.bmm(probs_XMJ.to(v_XJC.dtype), v_XJC)
             _put_queries(out_BSHC[rows, start:end], out_XMC, groups)
             if any(ctx.needs_input_grad):
@@ -87,7 +66,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BSHC: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_BSHC: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_BSHC, k_BSGC, v_BSGC, *kept = ctx.saved_tensors
         groups, scale = k_BSGC.shape[2], q_BSHC.shape[-1] ** -0.5
         dq_BSHC = torch.empty_like(q_BSHC)
@@ -99,28 +78,23 @@ class _BlockAttention(torch.autograd.Function):
             k_XJC, v_XJC = (_heads_first(t[rows, first:end]) for t in (k_BSGC, v_BSGC))
             of_probs_XJM = probs_XMJ.to(grad_XMC.dtype).transpose(1, 2)
             _add_keys(dv_BSGC[rows, first:end], torch.bmm(of_probs_XJM, grad_XMC))
-            d_probs_XMJ = torch.bmm(grad_XMC, v_XJC.transpose(1, 2))
-            d_scores_XMJ = ctx.softmax.gradients(d_probs_XMJ, probs_XMJ, scale).to(q_XMC.dtype)
+            d_probs_XMJ = torch.bmm(grad_XMC, v_XJC.transpose(1, 2)).to(probs_XMJ.dtype)
+            d_scores_XMJ = torch._softmax_backward_data(d_probs_XMJ, probs_XMJ, -1, probs_XMJ.dtype)
+            d_scores_XMJ = d_scores_XMJ.mul_(scale).to(q_XMC.dtype)
             _put_queries(dq_BSHC[rows, start:end], torch.bmm(d_scores_XMJ, k_XJC), groups)
             _add_keys(dk_BSGC[rows, first:end], torch.bmm(d_scores_XMJ.transpose(1, 2), q_XMC))
-        return dq_BSHC, dk_BSGC, dv_BSGC, None, None
+        return dq_BSHC, dk_BSGC, dv_BSGC, None
 
 
-def _probabilities(scores_XMJ: Tensor, queries: int, scale: float) -> Tensor:
-    """In fp32 or wider."""
-    scores_XMJ = scores_XMJ.to(torch.promote_types(scores_XMJ.dtype, torch.float32)).mul_(scale)
-    later = torch.ones(queries, queries, dtype=torch.bool, device=scores_XMJ.device).triu_(1)
-    scores_XMJ.unflatten(1, (-1, queries))[..., -queries:].masked_fill_(later, float("-inf"))
+def _probabilities(scores_XMJ: Tensor, piece: Piece, q_BSHC: Tensor) -> Tensor:
+    """Softmax of a piece's products, the later keys of the square at its end hidden."""
+    scores_XMJ = scores_XMJ.to(torch.promote_types(scores_XMJ.dtype, torch.float32))
+    scores_XMJ = scores_XMJ.mul_(q_BSHC.shape[-1] ** -0.5)
+    queries = piece.end - piece.start
+    later = torch.ones(queries, queries, dtype=torch.bool, device=q_BSHC.device).triu_(1)
+    square = scores_XMJ.unflatten(1, (-1, queries))[..., piece.start - piece.first :]
+    square.masked_fill_(later, float("-inf"))
     return torch.softmax(scores_XMJ, dim=-1)
-
-
-def _gradients(d_probs_XMJ: Tensor, probs_XMJ: Tensor, scale: float) -> Tensor:
-    d_probs_XMJ, dtype = d_probs_XMJ.to(probs_XMJ.dtype), probs_XMJ.dtype
-    return torch._softmax_backward_data(d_probs_XMJ, probs_XMJ, -1, dtype).mul_(scale)
-
-
-PLAIN = Softmax(_probabilities, _gradients)
-"""by torch, one operation after the other"""
 
 
 def _pieces(begins: Sequence[Sequence[int]], length: int) -> Iterator[Piece]:

@@ -32,6 +32,16 @@ class Order:
     has_padding: bool = True
     """whether a row may be padding; what masks it is left out if none is"""
 
+    def rows_of(self, num_tokens: int) -> Tensor:
+        """`row_TK`, made from `assignment_R` if the order came without."""
+        if self.row_TK is not None:
+            return self.row_TK
+        assignment_R, total = self.assignment_R, num_tokens * self.top_k
+        row = assignment_R.new_full((total + 1,), -1)
+        rows = torch.arange(len(assignment_R), device=row.device)
+        row.index_copy_(0, assignment_R.masked_fill(assignment_R < 0, total), rows)
+        return row[:total].view(num_tokens, self.top_k)
+
 
 def sort_by_expert(ids_TK: Tensor, num_experts: int, alignment: int = 1) -> Order:
     """Order of the assignments by expert, those of an expert by token.

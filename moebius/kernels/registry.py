@@ -189,6 +189,7 @@ BACKENDS: Mapping[Operation, Mapping[str, Backend]] = {
     "permute": {
         "torch": PLAIN_BACKEND,
         "triton": _from_triton("permute:sort_by_expert", "permute:permute", "permute:unpermute"),
+        "cpp": _from_cpp("permute:sort_by_expert", "permute:permute", "permute:unpermute"),
     },
     "grouped_gemm": {
         "torch": PLAIN_BACKEND,
@@ -210,6 +211,7 @@ BACKENDS: Mapping[Operation, Mapping[str, Backend]] = {
     "zero_experts": {
         "torch": PLAIN_BACKEND,
         "triton": _from_triton("zero_experts:affine_experts"),
+        "cpp": _from_cpp("zero_experts:affine_experts"),
     },
     "route": {"torch": PLAIN_BACKEND, "triton": _from_triton("route:route")},
     "depth_select": {
@@ -231,7 +233,7 @@ BACKENDS: Mapping[Operation, Mapping[str, Backend]] = {
     "attention": {
         "sdpa": PLAIN_BACKEND,
         "blocks": Backend({"attention": "attention:blocks"}, _always),
-        "cpp": Backend({"attention": "cpp.attention:blocks"}, cpp_problem),
+        "cpp": Backend({"attention": "cpp.attention:documents"}, cpp_problem),
         "varlen": _flash("varlen", "torch.nn.attention.varlen", "pip install 'torch>=2.11'"),
         "fa3": _flash("varlen", "flash_attn_interface", "build flash-attention/hopper", "FA3"),
         "fa4": _flash("varlen", "flash_attn.cute", "pip install --pre flash-attn-4", "FA4"),

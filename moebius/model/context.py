@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moebius.errors import LayoutError
-from moebius.kernels.attention import Sight, document_mask, seen_mask
+from moebius.kernels.attention import Sight, document_begins, document_mask, seen_mask
 from moebius.kernels.depth_select import take_rows
 from moebius.kernels.registry import PLAIN, Kernels
 from moebius.model.extent import Extent
@@ -179,9 +179,7 @@ class TokenContext:
     def document_start_BS(self) -> Tensor:
         """For each token the slot of its document's first present token in this row."""
         slot = torch.arange(self.segment_ids_BS.shape[1], device=self.segment_ids_BS.device)
-        begins = torch.ones_like(self.segment_ids_BS, dtype=torch.bool)
-        begins[:, 1:] = self.segment_ids_BS[:, 1:] != self.segment_ids_BS[:, :-1]
-        return (slot * begins).cummax(dim=1).values
+        return (slot * document_begins(self.segment_ids_BS)).cummax(dim=1).values
 
 
 def _attention_mask(segments_BS: Tensor, valid_BS: Tensor | None, spread: Spread) -> Tensor:

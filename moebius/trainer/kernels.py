@@ -48,17 +48,17 @@ class KernelsConfig(ConfigNode):
 
     backend: Literal["auto", "torch", "triton", "cpp"] = "auto"
     """of every operation that is not named below, torch for those that it does not have. auto: on a
-    CPU cpp if there is a C++ compiler, which is called once and takes seconds, and attention in
-    blocks; in bf16 on Hopper GPUs and later ones triton where it is installed, and attention by
-    sdpa, which is slower than varlen but takes heads of any size; else torch"""
-    permute: OnGPU | None = None
+    CPU cpp if there is a C++ compiler, which is called once and takes seconds, else torch, and
+    attention in blocks; in bf16 on Hopper GPUs and later ones triton where it is installed, and
+    attention by sdpa, which is slower than varlen but takes heads of any size; else torch"""
+    permute: OnBoth | None = None
     """tokens to rows sorted by expert, and back"""
     grouped_gemm: Literal["torch", "triton", "cpp", "megablocks"] | None = None
     """products of experts; cpp: those of torch, groups side by side on threads, and the activation
     in one pass"""
     swiglu: Literal["torch", "cpp"] | None = None
     """activation of dense feed-forwards"""
-    zero_experts: OnGPU | None = None
+    zero_experts: OnBoth | None = None
     """zero, copy and constant experts"""
     route: OnGPU | None = None
     """scores, choice and statistics of a router"""
@@ -69,9 +69,9 @@ class KernelsConfig(ConfigNode):
     rope: OnBoth | None = None
     """rotary positions"""
     attention: Literal["sdpa", "blocks", "cpp", "varlen", "fa3", "fa4", "flash_attn"] | None = None
-    """sdpa: with a dense mask, for everything; blocks: pieces of rows, for CPUs; cpp: the same with
-    its softmax in one pass; varlen: torch's own FlashAttention over packed documents, or version 3
-    or 4 of it; flash_attn: that package"""
+    """sdpa: with a dense mask, for everything; blocks: pieces of rows, for CPUs; cpp: tiles of
+    pairs, of which nothing is kept; varlen: torch's own FlashAttention over packed documents, or
+    version 3 or 4 of it; flash_attn: that package"""
     cross_entropy: OnBoth | None = None
     """losses and gradients of a chunk of logits"""
     alignment: PositiveInt | None = None

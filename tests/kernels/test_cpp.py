@@ -1,70 +1,27 @@
-"""Operations in C++ against their definitions in fp64: results and every gradient."""
+"""Operations on rows in C++ against their definitions in fp64: results and every gradient."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from moebius.kernels import block_attention
-from moebius.kernels.attention import Sight, document_mask, masked_attention
-from moebius.kernels.cpp import build
-from moebius.kernels.cpp.attention import blocks
+from moebius.kernels.cpp.attention import documents
 from moebius.kernels.cpp.cross_entropy import row_losses
-from moebius.kernels.cpp.grouped_linear import grouped_linear
 from moebius.kernels.cpp.rms_norm import rms_norm
 from moebius.kernels.cpp.rope import apply_rope
-from moebius.kernels.cpp.swiglu import grouped_swiglu, swiglu
-from moebius.kernels.grouped_linear import grouped_linear_reference
-from moebius.kernels.grouped_swiglu import grouped_swiglu_reference
+from moebius.kernels.cpp.swiglu import swiglu
+from moebius.kernels.cpp.zero_experts import affine_experts
 from moebius.kernels.rms_norm import rms_norm as plain_norm
 from moebius.kernels.rope import apply_rope as plain_rope
 from moebius.kernels.rope import rope_tables
+from tests.kernels.rounding import TOLERANCE, Function, agree, drawn, dtypes, results, some
+from tests.kernels.test_cpp_attention import packed
 
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-7}
-"""relative to the largest number: rounding"""
-dtypes = st.sampled_from(list(TOLERANCE))
-some = settings(max_examples=40, deadline=None, derandomize=True)
-Function = Callable[..., Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def built() -> None:
-    """A machine that develops this has a compiler; without one nothing here may pass."""
-    assert build.load() is None
-
-
-def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float32, size: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (size * torch.randn(shape, generator=generator)).to(dtype)
-
-
-def results(function: Function, inputs: list[Tensor], *others: Any) -> list[Tensor]:
-    """What a function returns, and the gradient of each input."""
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    out = function(*leaves, *others)
-    weights = torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype)
-    return [out, *torch.autograd.grad(out, leaves, weights)]
-
-
-def agree(
-    function: Function, definition: Function, inputs: list[Tensor], *others: Any, loose: float = 1
-) -> None:
-    """Up to the rounding of each tensor, as if the inputs had been in fp64."""
-    got = results(function, inputs, *others)
-    exact = results(definition, [tensor.double() for tensor in inputs], *others)
-    for ours, theirs, dtype in zip(
-        got, exact, [inputs[0].dtype, *(t.dtype for t in inputs)], strict=True
-    ):
-        assert (ours.dtype, ours.shape) == (dtype, theirs.shape)
-        coarsest = max(TOLERANCE[t.dtype] for t in inputs)
-        bound = loose * coarsest * max([1.0, *theirs.detach().abs().flatten().tolist()])
-        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=bound)
+pytestmark = pytest.mark.usefixtures("cpp")
 
 
 @some
@@ -80,79 +37,6 @@ def test_swiglu_of_what_lies_apart() -> None:
     gate, up = drawn(0, 7, 24).split(12, dim=1)
     agree(swiglu, lambda gate, up: F.silu(gate) * up, [gate, up])
     agree(swiglu, lambda gate, up: F.silu(gate) * up, [gate.T, up.T])
-
-
-@some
-@given(
-    counts=st.lists(st.sampled_from([0, 1, 5, 32, 33]), min_size=1, max_size=5),
-    hidden=st.sampled_from([8, 16, 40]),
-    width=st.sampled_from([8, 24, 72]),
-    dtype=dtypes,
-)
-@example([0, 70, 0], 16, 64, torch.bfloat16)
-@example([0, 0], 8, 8, torch.float32)
-def test_grouped_swiglu(counts: list[int], hidden: int, width: int, dtype: torch.dtype) -> None:
-    """Empty experts, one that takes all, tokens with weight 0; router weights stay in fp32."""
-    rows, experts = sum(counts), len(counts)
-    weights = drawn(1, rows).relu()
-    inputs = [drawn(0, rows, hidden, dtype=dtype), weights]
-    inputs += [drawn(2, experts, 2 * width, hidden, dtype=dtype, size=hidden**-0.5)]
-    inputs += [drawn(3, experts, hidden, width, dtype=dtype, size=width**-0.5)]
-    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
-    agree(grouped_swiglu, grouped_swiglu_reference, inputs, ends, loose=4)
-
-
-@some
-@given(
-    counts=st.lists(st.sampled_from([0, 1, 5, 33, 600]), min_size=1, max_size=5),
-    inputs=st.sampled_from([1, 7, 16, 40]),
-    outputs=st.sampled_from([1, 8, 30]),
-    behind=st.sampled_from([0, 9]),
-    dtype=dtypes,
-    threads=st.sampled_from([1, 3]),
-)
-@example([0, 1500, 0], 16, 8, 0, torch.float32, 2)
-def test_grouped_linear(
-    counts: list[int], inputs: int, outputs: int, behind: int, dtype: torch.dtype, threads: int
-) -> None:
-    """Groups that are cut, empty ones, and rows behind the last, which reach nothing."""
-    rows, ends = sum(counts), torch.tensor(counts).cumsum(0).to(torch.int32)
-    x, more = drawn(0, rows, inputs, dtype=dtype), torch.full((behind, inputs), math.nan)
-    weight = drawn(1, len(counts), outputs, inputs, dtype=dtype, size=inputs**-0.5)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        agree(
-            lambda x, weight: grouped_linear(torch.cat([x, more.to(dtype)]), weight, ends)[:rows],
-            lambda x, weight: grouped_linear_reference(x, weight, ends),
-            [x, weight],
-            loose=4,
-        )
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_grouped_linear_makes_no_gradient_that_nobody_wants() -> None:
-    x, weight, ends = drawn(0, 5, 8), drawn(1, 2, 8, 8), torch.tensor([2, 5], dtype=torch.int32)
-    for wanted in ((x,), (weight,)):
-        alone = grouped_linear(
-            *(t.clone().requires_grad_(any(t is w for w in wanted)) for t in (x, weight)), ends
-        )
-        assert alone.requires_grad
-        alone.sum().backward()
-    assert not grouped_linear(x, weight, ends).requires_grad
-
-
-def test_grouped_swiglu_follows_autocast() -> None:
-    inputs = [drawn(0, 9, 16), drawn(1, 9), drawn(2, 2, 16, 16), drawn(3, 2, 16, 8)]
-    ends = torch.tensor([4, 9], dtype=torch.int32)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = results(grouped_swiglu, inputs, ends)
-    assert [t.dtype for t in got] == [torch.bfloat16] + [torch.float32] * 4
-    exact = results(grouped_swiglu_reference, [t.double() for t in inputs], ends)
-    for ours, theirs in zip(got, exact, strict=True):
-        bound = 4 * TOLERANCE[torch.bfloat16] * float(theirs.detach().abs().max())
-        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=bound)
 
 
 @some
@@ -234,33 +118,6 @@ def test_rope_of_one_token_in_several_rows() -> None:
     agree(apply_rope, plain_rope, [x], cos[:, 1:2], sin[:, 1:2])
 
 
-@some
-@given(
-    rows=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), min_size=1, max_size=3),
-    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
-    dtype=dtypes,
-    block=st.sampled_from([2, 5, 128]),
-)
-def test_attention(
-    rows: list[list[int]], heads: tuple[int, int], dtype: torch.dtype, block: int
-) -> None:
-    length = min(map(sum, rows))
-    segments = torch.stack(
-        [torch.arange(len(r)).repeat_interleave(torch.tensor(r))[:length] for r in rows]
-    )
-    sight = Sight(lambda: document_mask(segments), segments)
-    shapes = [(*segments.shape, n, 8) for n in (heads[0], heads[1], heads[1])]
-    inputs = [drawn(seed, *shape, dtype=dtype) for seed, shape in enumerate(shapes)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_attention, "BLOCK", block)
-        agree(
-            lambda q, k, v: blocks(q, k, v, sight),
-            lambda q, k, v: masked_attention(q, k, v, sight.mask_BSJ),
-            inputs,
-            loose=4,
-        )
-
-
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_what_is_not_finite_stays_so_in_its_row(poison: float, dtype: torch.dtype) -> None:
@@ -278,14 +135,27 @@ def test_what_is_not_finite_stays_so_in_its_row(poison: float, dtype: torch.dtyp
         assert row_sums.isfinite().tolist() == [True, True, False, True]
 
 
-def test_the_numbers_do_not_depend_on_threads() -> None:
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (lambda x, weight: rms_norm(x, weight, 1e-5), [(3000, 64), (64,)]),
+        (affine_experts, [(3000, 64), (3000,), (3000, 2), (3000, 2, 2), (2, 64)]),
+        (
+            lambda q, k, v: documents(q, k, v, packed([900, 100, 500])),
+            [(1, 1500, 4, 8), (1, 1500, 2, 8), (1, 1500, 2, 8)],
+        ),
+    ],
+)
+def test_the_numbers_do_not_depend_on_threads(
+    function: Function, shapes: list[tuple[int, ...]]
+) -> None:
     threads = torch.get_num_threads()
-    inputs = [drawn(0, 3000, 64), drawn(1, 64)]
+    inputs = [drawn(seed, *shape) for seed, shape in enumerate(shapes)]
     try:
         torch.set_num_threads(1)
-        one = results(lambda x, weight: rms_norm(x, weight, 1e-5), inputs)
+        one = results(function, inputs)
         torch.set_num_threads(3)
-        three = results(lambda x, weight: rms_norm(x, weight, 1e-5), inputs)
+        three = results(function, inputs)
     finally:
         torch.set_num_threads(threads)
     assert all(map(torch.equal, one, three))

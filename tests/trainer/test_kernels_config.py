@@ -7,7 +7,7 @@ import torch
 
 from moebius.errors import LayoutError
 from moebius.kernels.cpp import build
-from moebius.kernels.registry import BACKENDS, PLAIN, is_installed
+from moebius.kernels.registry import BACKENDS, OPERATIONS, PLAIN, Operation, is_installed
 from moebius.model.config import ModelConfig
 from moebius.model.context import compiled
 from moebius.trainer import cpu
@@ -35,6 +35,12 @@ def model(count: int = 8) -> ModelConfig:
 
 def chosen(dtype: torch.dtype = torch.float32, count: int = 8, **options: Any) -> tuple[Any, str]:
     return choose_kernels(KernelsConfig.model_validate(options), model(count), CPU, dtype)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_backend_can_be_named(operation: Operation) -> None:
+    for name in BACKENDS[operation]:
+        assert getattr(KernelsConfig.model_validate({operation: name}), operation) == name
 
 
 def test_a_cpu_gets_what_there_is_in_cpp() -> None:

@@ -14,7 +14,8 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16)
 """of tensors; sums are in fp32"""
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.cpp", "products.cpp"))
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp-simd")
 MATH = ("-fno-math-errno", "-fno-trapping-math")
@@ -73,7 +74,7 @@ def _key(command: tuple[str, ...]) -> str:
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     compiler = os.path.realpath(shutil.which(command[0]) or "")  # its name has the version
     machine = (torch.__version__, platform.machine(), *platform.libc_ver(), processor, compiler)
-    parts = (*command, *machine, *(source.read_text() for source in SOURCES))
+    parts = (*command, *machine, *(source.read_text() for source in (*SOURCES, *HEADERS)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -85,7 +86,8 @@ def _build(command: tuple[str, ...], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         subprocess.run(
-            [*command, *map(str, SOURCES), "-o", str(built), *libraries],
+            [*command, "-x", "c++", "-", "-o", str(built), *libraries],
+            input="".join(f'#include "{source}"\n' for source in SOURCES),  # headers are read once
             env=os.environ | {"LC_ALL": "C"},
             check=True,
             capture_output=True,

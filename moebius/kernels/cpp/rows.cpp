@@ -1,9 +1,8 @@
 // Row by row in fp32 whatever the precision of the tensors: what torch does in several passes over
-// memory. Loops over a row are written so that compilers turn them into vector instructions; that
-// takes an exponential without a call. Tensors come from Python, which has made them contiguous,
-// equal in precision and as large as they have to be.
+// memory. Tensors come from Python, which has made them contiguous, equal in precision and as large
+// as they have to be.
 //
-// Shapes: R rows, F width of an expert, V vocabulary, J keys, D channels, H heads of C channels.
+// Shapes: R rows, F width of an expert, V vocabulary, D channels, H heads of C channels.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,98 +11,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <optional>
 #include <vector>
 
+#include "elements.h"
+
+namespace moebius {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-template <class To, class From>
-inline To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-inline float load(float x) { return x; }
-inline float load(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-
-inline void store(float& to, float x) { to = x; }
-inline void store(BFloat16& to, float x) {  // to the nearest, ties to even
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to.bits = uint16_t(x == x ? rounded : 0x7fc0);
-}
-
-// 2^n exp(r) with |r| <= log(2) / 2, the polynomial of Cephes (Moshier 1992): relative error 2e-7.
-// Saturates at exp(-87) and exp(88) and passes NaN on.
-inline float exponential(float x) {
-  x = x < -87.f ? -87.f : x;
-  x = x > 88.f ? 88.f : x;
-  const float n = std::nearbyint(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  return p * bit_cast<float>(uint32_t(int32_t(n) + 127) << 23);
-}
-
-inline float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
-
-// `function(begin, end)` for ranges of rows, on torch's threads; rows of `width` elements. What the
-// function needs it holds by value: compilers do not keep what they read through a reference in
-// registers, and loops took twice as long.
-template <class Function>
-void by_rows(int64_t rows, int64_t width, const Function& function) {
-  const int64_t elements_of_a_task = 1 << 15;
-  torch::stable::parallel_for(
-      0, rows, std::max<int64_t>(1, elements_of_a_task / std::max<int64_t>(1, width)), function);
-}
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-// Calls `function` with a null pointer to the elements' type.
-template <class Function>
-void by_type(const Tensor& tensor, const Function& function) {
-  if (tensor.scalar_type() == ScalarType::BFloat16) {
-    function(static_cast<BFloat16*>(nullptr));
-  } else {
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "neither fp32 nor bf16");
-    function(static_cast<float*>(nullptr));
-  }
-}
-
-// exp(factor * (value - largest value)) of a row, and their sum.
-template <class T>
-inline float powers_of(const T* __restrict values, int64_t count, float factor, float& largest,
-                       float* __restrict powers) {
-  float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-  for (int64_t v = 0; v < count; ++v) most = std::max(most, load(values[v]));
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t v = 0; v < count; ++v) {
-    powers[v] = exponential((load(values[v]) - most) * factor);
-    sum += powers[v];
-  }
-  largest = most;
-  return sum;
-}
 
 // out_RF = silu(gate_RF) * up_RF * weights_R. Rows of gate and up may lie apart; weights are fp32.
 void swiglu(Tensor gate_RF, Tensor up_RF, std::optional<Tensor> weights_R, Tensor out_RF) {
@@ -167,7 +81,7 @@ void swiglu_backward(Tensor grad_RF, Tensor gate_RF, Tensor up_RF, std::optional
 // label.
 void row_losses(Tensor logits_RV, Tensor labels_R, Tensor losses_R, bool with_gradients) {
   const int64_t rows = logits_RV.sizes()[0], vocabulary = logits_RV.sizes()[1];
-  STD_TORCH_CHECK(labels_R.scalar_type() == ScalarType::Long, "labels are not int64");
+  STD_TORCH_CHECK(labels_R.scalar_type() == torch::headeronly::ScalarType::Long, "labels are not int64");
   const int64_t* labels = data<int64_t>(labels_R);
   for (int64_t row = 0; row < rows; ++row) {
     STD_TORCH_CHECK(labels[row] >= 0 && labels[row] < vocabulary, "index ", labels[row],
@@ -182,7 +96,7 @@ void row_losses(Tensor logits_RV, Tensor labels_R, Tensor losses_R, bool with_gr
       for (int64_t row = begin; row < end; ++row) {
         T* __restrict logits = all + row * vocabulary;
         float largest;
-        const float sum = powers_of(logits, vocabulary, 1.f, largest, power);
+        const float sum = powers_of(logits, vocabulary, largest, power);
         const int64_t label = labels[row];
         losses[row] = std::log(sum) - (load(logits[label]) - largest);
         if (!with_gradients) continue;
@@ -190,56 +104,6 @@ void row_losses(Tensor logits_RV, Tensor labels_R, Tensor losses_R, bool with_gr
 #pragma omp simd
         for (int64_t v = 0; v < vocabulary; ++v) store(logits[v], power[v] * share);
         store(logits[label], power[label] * share - 1.f);
-      }
-    });
-  });
-}
-
-// In place softmax(scale * scores_RJ), of which row r sees all but the last `queries - 1 - r %
-// queries` keys; the others get 0.
-void masked_softmax(Tensor scores_RJ, int64_t queries, double scale) {
-  const float factor = float(scale);
-  const int64_t keys = scores_RJ.sizes()[1];
-  by_type(scores_RJ, [&]<class T>(T*) {
-    T* all = data<T>(scores_RJ);
-    by_rows(scores_RJ.sizes()[0], keys, [=](int64_t begin, int64_t end) {
-      std::vector<float> powers(keys);
-      float* __restrict power = powers.data();
-      for (int64_t row = begin; row < end; ++row) {
-        T* __restrict scores = all + row * keys;
-        const int64_t seen = keys - queries + 1 + row % queries;
-        const int64_t whole = std::min(keys, (seen + 31) / 32 * 32);  // of vector instructions
-#pragma omp simd
-        for (int64_t j = seen; j < whole; ++j) store(scores[j], -INFINITY);
-        float largest;
-        const float share = 1.f / powers_of(scores, whole, factor, largest, power);
-#pragma omp simd
-        for (int64_t j = 0; j < whole; ++j) store(scores[j], power[j] * share);
-#pragma omp simd
-        for (int64_t j = seen; j < keys; ++j) store(scores[j], 0.f);
-      }
-    });
-  });
-}
-
-// In place the gradient by `scores` from that by the probabilities.
-void masked_softmax_backward(Tensor grad_RJ, Tensor probs_RJ, double scale) {
-  const float factor = float(scale);
-  const int64_t keys = grad_RJ.sizes()[1];
-  by_type(grad_RJ, [&]<class T>(T*) {
-    T* grads = data<T>(grad_RJ);
-    const T* all = data<T>(probs_RJ);
-    by_rows(grad_RJ.sizes()[0], keys, [=](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        T* __restrict grad = grads + row * keys;
-        const T* __restrict probs = all + row * keys;
-        float mean = 0;
-#pragma omp simd reduction(+ : mean)
-        for (int64_t j = 0; j < keys; ++j) mean += load(grad[j]) * load(probs[j]);
-#pragma omp simd
-        for (int64_t j = 0; j < keys; ++j) {
-          store(grad[j], load(probs[j]) * (load(grad[j]) - mean) * factor);
-        }
       }
     });
   });
@@ -329,6 +193,7 @@ void rope(Tensor x_RHC, Tensor cos_RC, Tensor sin_RC, Tensor y_RHC, bool backwar
 }
 
 }  // namespace
+}  // namespace moebius
 
 STABLE_TORCH_LIBRARY(moebius_cpp, library) {
   library.def("swiglu(Tensor gate, Tensor up, Tensor? weights, Tensor(a!) out) -> ()");
@@ -337,9 +202,6 @@ STABLE_TORCH_LIBRARY(moebius_cpp, library) {
       "Tensor(b!) d_up, Tensor(c!)? d_weights) -> ()");
   library.def(
       "row_losses(Tensor(a!) logits, Tensor labels, Tensor(b!) losses, bool with_gradients) -> ()");
-  library.def("masked_softmax(Tensor(a!) scores, int queries, float scale) -> ()");
-  library.def(
-      "masked_softmax_backward(Tensor(a!) grad, Tensor probs, float scale) -> ()");
   library.def(
       "rms_norm(Tensor x, Tensor gain, float eps, Tensor(a!) y, Tensor(b!) rstd) -> ()");
   library.def(
@@ -350,12 +212,10 @@ STABLE_TORCH_LIBRARY(moebius_cpp, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moebius_cpp, CPU, library) {
-  library.impl("swiglu", TORCH_BOX(&swiglu));
-  library.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
-  library.impl("row_losses", TORCH_BOX(&row_losses));
-  library.impl("masked_softmax", TORCH_BOX(&masked_softmax));
-  library.impl("masked_softmax_backward", TORCH_BOX(&masked_softmax_backward));
-  library.impl("rms_norm", TORCH_BOX(&rms_norm));
-  library.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
-  library.impl("rope", TORCH_BOX(&rope));
+  library.impl("swiglu", TORCH_BOX(&moebius::swiglu));
+  library.impl("swiglu_backward", TORCH_BOX(&moebius::swiglu_backward));
+  library.impl("row_losses", TORCH_BOX(&moebius::row_losses));
+  library.impl("rms_norm", TORCH_BOX(&moebius::rms_norm));
+  library.impl("rms_norm_backward", TORCH_BOX(&moebius::rms_norm_backward));
+  library.impl("rope", TORCH_BOX(&moebius::rope));
 }

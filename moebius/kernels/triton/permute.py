@@ -66,7 +66,7 @@ def permute(x_TD: Tensor, weights_TK: Tensor, order: Order) -> tuple[Tensor, Ten
     """
     if not DTYPES.keys() >= {x_TD.dtype, weights_TK.dtype}:
         return definition.permute(x_TD, weights_TK, order)
-    row_TK = _rows_of_assignments(order, len(x_TD))
+    row_TK = order.rows_of(len(x_TD))
     moved: tuple[Tensor, Tensor] = _Permute.apply(  # type: ignore[no-untyped-call]
         x_TD, weights_TK, order.assignment_R, row_TK
     )
@@ -81,20 +81,9 @@ def unpermute(rows_RD: Tensor, order: Order, y_TD: Tensor) -> Tensor:
     """
     if not DTYPES.keys() >= {rows_RD.dtype, y_TD.dtype}:
         return definition.unpermute(rows_RD, order, y_TD)
-    row_TK = _rows_of_assignments(order, len(y_TD))
+    row_TK = order.rows_of(len(y_TD))
     out_TD: Tensor = _Unpermute.apply(rows_RD, order.assignment_R, row_TK, y_TD)  # type: ignore[no-untyped-call]
     return out_TD
-
-
-def _rows_of_assignments(order: Order, num_tokens: int) -> Tensor:
-    """`row_TK`, made from `assignment_R` if the order came without."""
-    if order.row_TK is not None:
-        return order.row_TK
-    assignment_R, total = order.assignment_R, num_tokens * order.top_k
-    row = assignment_R.new_full((total + 1,), -1)
-    rows = torch.arange(len(assignment_R), device=row.device)
-    row.index_copy_(0, assignment_R.masked_fill(assignment_R < 0, total), rows)
-    return row[:total].view(num_tokens, order.top_k)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
