@@ -68,7 +68,7 @@ struct Shape {
   int64_t slot(const Document& document) const { return document.row * slots + document.begin; }
 };
 
-// Memory of a thread for its matrices.
+// Memory of a thread for its matrices, zeros at first.
 class Workspace {
  public:
   Matrix matrix(int64_t rows, int64_t columns) {
@@ -120,13 +120,14 @@ void take_turned(const T* from, int64_t step, int64_t rows, const Shape& shape, 
 }
 
 template <class T>
-void give(Matrix from, int64_t rows, float factor, const Shape& shape, T* to, int64_t step) {
-  for (int64_t r = 0; r < rows; ++r, to += step) {
-    const float* __restrict row = from.row(r);
-    T* __restrict own = to;
+void give_row(const float* __restrict row, float factor, const Shape& shape, T* __restrict to) {
 #pragma omp simd
-    for (int64_t c = 0; c < shape.channels; ++c) store(own[c], row[c] * factor);
-  }
+  for (int64_t c = 0; c < shape.channels; ++c) store(to[c], row[c] * factor);
+}
+
+template <class T>
+void give(Matrix from, int64_t rows, float factor, const Shape& shape, T* to, int64_t step) {
+  for (int64_t r = 0; r < rows; ++r) give_row(from.row(r), factor, shape, to + r * step);
 }
 
 // A block of queries, which see `before` keys and as many more as their number in the block says.
@@ -134,7 +135,7 @@ struct Block {
   int64_t before, queries;
 
   int64_t keys() const { return before + queries; }
-  int64_t seen(int64_t query) const { return query < queries ? before + query + 1 : 0; }
+  int64_t seen(int64_t query) const { return before + query + 1; }
 };
 
 // products_MJ = rows_MC @ turned.T of the pairs that see each other; others may be overwritten.
@@ -173,7 +174,7 @@ float powers_of_seen(float* scores, int64_t seen, int64_t keys, float& largest) 
   const int64_t whole = round_up(seen, tile_columns);  // vectors without a rest are faster
   std::fill(scores + seen, scores + whole, -INFINITY);
   const float sum = powers_of(scores, whole, largest, scores);
-  std::fill(scores + seen, scores + std::max(seen, keys), 0.f);
+  std::fill(scores + seen, scores + keys, 0.f);
   return sum;
 }
 
@@ -236,7 +237,7 @@ void attention(Tensor q_BSHC, Tensor k_BSGC, Tensor v_BSGC, Tensor begins_BS, do
             }
             mix_keys(scores_MJ, v_JC, span, shape, out_MC);
             for (int64_t m = 0; m < span.queries; ++m)
-              give(out_MC.from(m, 0), 1, 1.f / sums[m], shape, out + query + m * shape.q_step, 0);
+              give_row(out_MC.row(m), 1.f / sums[m], shape, out + query + m * shape.q_step);
           }
         }
       };

@@ -14,8 +14,8 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16)
 """of tensors; sums are in fp32"""
-SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
-HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp-simd")
 MATH = ("-fno-math-errno", "-fno-trapping-math")
