@@ -21,7 +21,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp-sim
 MATH = ("-fno-math-errno", "-fno-trapping-math")
 """neither is looked at; NaN and infinities keep their meaning, unlike by -ffast-math"""
 SECONDS = 120
-"""for a compiler; it takes five"""
+"""for a compiler; it takes some"""
 
 
 @cache
